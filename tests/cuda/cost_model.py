@@ -42,7 +42,7 @@ _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)",
 # -- printing ----------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'kernel':32}{'part':8}{'launches':>9}{'blocks':>7}{'warps':>6}{'before':>7}{'divs':>5}{'tiles':>6}{'tile':>7}{'rest':>6}"
+    f"{'kernel':40}{'part':8}{'launches':>9}{'blocks':>7}{'warps':>6}{'before':>7}{'divs':>5}{'tiles':>6}{'tile':>7}{'rest':>6}"
     f"{'warp':>7}{'first':>7}{'block':>8}"
 )
 
@@ -50,7 +50,7 @@ HEADER = (
 def row(one: Counts) -> str:
     """Return a line of the printed table."""
     return (
-        f"{one.kernel:32}{one.part:8}{one.times:9}{one.blocks:7}{one.warps:6}{one.before:7}{one.divisions:5}{one.tiles:6}"
+        f"{one.kernel:40}{one.part:8}{one.times:9}{one.blocks:7}{one.warps:6}{one.before:7}{one.divisions:5}{one.tiles:6}"
         f"{one.per_tile:7.1f}{one.rest:6}{one.warp:7}{one.first:7}{one.block:8}"
     )
 

@@ -39,18 +39,21 @@ def _branch(code: Code, ins: Instruction) -> _Control:
 
 def _meet(w: Warp, index: int, mask: Any, active: Any) -> Any:
     """Wait until all lanes have come to such an instruction."""
-    if w.meeting is None:
+    if active.any() and w.meeting is None:
         w.meeting = Barrier(w.live.copy(), np.zeros(LANES, bool))
-    return _arrive(w, w.meeting, index, mask, active)
+    return _arrive(w, w.meeting, index, mask, active) if w.meeting is not None else (index + 1, mask)
 
 
 def _arrive(w: Warp, barrier: Barrier, index: int, mask: Any, active: Any) -> Any:
+    if not active.any():
+        return index + 1, mask
     rest = mask & ~active
     if rest.any():
         w.ready.append((index + 1, rest))
     barrier.arrived |= active
     w.waiting.append((index + 1, active, barrier))
     w.release(barrier)
+    return None
 
 
 def _return(ins: Instruction) -> _Control:
@@ -77,7 +80,9 @@ def _open_barrier(ins: Instruction) -> _Control:
 
     def control(w: Warp, index: int, mask: Any, active: Any) -> Any:
         kept = w.barriers.setdefault(name, [])
-        kept[:] = [one for one in kept if not (one.members & mask).any()]
+        for one in list(kept):  # of an earlier pass of a loop, in which other lanes may still be
+            one.members = one.members & ~mask
+            w.release(one)
         kept.append(Barrier(mask.copy(), np.zeros(LANES, bool)))
         return index + 1, mask
 
