@@ -44,7 +44,7 @@ _BUFFERS = 0x75678 << 32
 _MOST = 12_000
 """Instructions of a warp that are executed at most; what follows repeats."""
 _STREAMING = ("linear_skinny", "moe_down")
-"""Kernels whose weights go to tensor cores; their main loop has the products."""
+"""Kernels whose weights go to tensor cores; their main loop has the mma instructions."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def compiled(kernel: str, sm: int, lines: bool = False) -> Code:
 
 @functools.lru_cache(maxsize=256)
 def loop_of(code: Code) -> frozenset[int]:
-    """Return the indices of the instructions of the smallest loop that has products of tensor cores.
+    """Return the indices of the instructions of the smallest loop that has mma instructions.
 
     It is a natural loop of the control-flow graph: the instructions that lead back to its start.
     """
@@ -236,7 +236,7 @@ class Executed:
     traces: list[Trace]
 
 
-def _products_per_tile(launch: Launch) -> int:
+def _mmas_per_tile(launch: Launch) -> int:
     """How many HMMA a tile of 512 bytes has, by the type of its weights."""
     for kind, count in (("int4", 4), ("int8", 2), ("fp8", 2)):
         if f"_{kind}_" in launch.kernel:
@@ -253,7 +253,7 @@ def _whole(trace: Trace, tiles: int, all_tiles: int) -> int:
     if not trace.cut:
         return trace.issued
     assert tiles >= 16, "too few tiles to tell what one takes"
-    starts = trace.products[:: len(trace.products) // tiles]
+    starts = trace.mmas[:: len(trace.mmas) // tiles]
     middle = len(starts) // 2
     each = (starts[-1] - starts[middle]) / (len(starts) - 1 - middle)
     return round(trace.issued + (all_tiles - tiles) * each)
@@ -263,7 +263,7 @@ def count(launch: Launch, times: int, code: Code, traces: list[Trace], streams: 
     """Divide the instructions of the warp that multiplies most tiles into parts."""
     names = [ins.name for ins in code.instructions]
     streaming = launch.kernel.startswith(_STREAMING)
-    per_tile = _products_per_tile(launch)
+    per_tile = _mmas_per_tile(launch)
     warps, blocks = launch.block // 32, launch.grid[0] * launch.grid[1] * launch.grid[2]
 
     def stream_of(address: int) -> Stream | None:
@@ -274,8 +274,8 @@ def count(launch: Launch, times: int, code: Code, traces: list[Trace], streams: 
     read = set() if embeds else {stream_of(load.first) for one in traces for load in one.loads} - {None}
     codes = sum(one.nbytes_of_codes for one in read if one)
     for one in traces:
-        one.products = [issued for issued, index in one.marks if names[index] in ("HMMA", "QMMA")]
-    done = {id(one): len(one.products) // per_tile if streaming else 0 for one in traces}
+        one.mmas = [issued for issued, index in one.marks if names[index] in ("HMMA", "QMMA")]
+    done = {id(one): len(one.mmas) // per_tile if streaming else 0 for one in traces}
     issued = {id(one): _whole(one, done[id(one)], round(codes / 512 / blocks / warps)) for one in traces}
     trace = max(traces, key=lambda one: (done[id(one)], -one.issued if streaming else one.issued))
     tiles = done[id(trace)]

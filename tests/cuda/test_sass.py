@@ -56,7 +56,7 @@ def test_divisions_and_remainders_are_those_of_c(sm: int, divisor: int) -> None:
 
 
 @pytest.mark.parametrize("sm", SMS)
-def test_long_products_and_quotients_are_those_of_c(sm: int) -> None:
+def test_long_multiplications_and_quotients_are_those_of_c(sm: int) -> None:
     body = "long long x = (long long)v[0] * v[1] * (i + 1); out[i] = int(x / v[2]) ^ int(x >> 33) ^ (int)(x % 1000003);"
     numbers = 1_000_003, 70_001, 123_457
     found, _ = ran(body, sm, *numbers)

@@ -146,4 +146,4 @@ FLOATS: Mapping[str, Callable[[Instruction, list[str], list[str]], Compute]] = {
     "I2FP": _to_float, "F2I": _to_integer, "HFMA2": _half_fma, "HADD2": _half_add,
     **dict.fromkeys(("HMMA", "QMMA", "F2FP", "HMUL2", "LDSM"), constant_result),
 }  # fmt: skip
-"""`constant_result` stands for products of tensor cores and conversions: data that no branch or address depends on."""
+"""`constant_result` stands for mma instructions and conversions: data that no branch or address depends on."""

@@ -69,10 +69,10 @@ def _imad(ins: Instruction, out: list[str], ops: list[str]) -> Compute:
 
         def compute(w: Warp) -> tuple[Any, ...]:
             x, y = a(w), b(w)
-            product = u64(x) * u64(y) if unsigned else (s64(x) * s64(y)).view(np.uint64)
+            multiplied = u64(x) * u64(y) if unsigned else (s64(x) * s64(y)).view(np.uint64)
             addend = c(w)
-            total = product + addend
-            over = total < product
+            total = multiplied + addend
+            over = total < multiplied
             if carry is not None:
                 total = total + u64(np.asarray(carry(w)))
             values = (low_word(total), high_word(total)) if wide else (high_word(total),)

@@ -39,7 +39,7 @@ class Trace:
         counts: how often it issued each instruction of the code.
         loads: its loads and asynchronous copies from global memory, in order.
         marks: how many instructions had been issued before each execution of an instruction of `MARKED`, and its index.
-        products: the part of `marks` that are products of tensor cores, without their indices; filled in by the caller.
+        mmas: the part of `marks` that are mma instructions, without their indices; filled in by the caller.
         cut: it issued as many instructions as it was allowed to, and has not ended.
     """
 
@@ -51,7 +51,7 @@ class Trace:
     issued: int = 0
     stored: int = 0
     cut: bool = False
-    products: list[int] = field(default_factory=list)
+    mmas: list[int] = field(default_factory=list)
 
 
 MARKED = ("HMMA", "QMMA", "BAR", "ACQBULK", "PREEXIT", "I2F")
