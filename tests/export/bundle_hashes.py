@@ -365,8 +365,8 @@ def _attribute(attribute: onnx.AttributeProto, known: Mapping[str, str], weights
     if attribute.name == "name":  # the checkpoint's name of a matrix, which our operators print
         return ""
     if attribute.name == "spec":  # of a plugin of TensorRT
-        value = {**json.loads(value), "name": ""}
-    return _hash([attribute.type, value if isinstance(value, dict) else repr(value)])
+        value = b"\n".join(line for line in value.split(b"\n") if not line.startswith(b"name="))
+    return _hash([attribute.type, repr(value)])
 
 
 def structure_of_program(program: Mapping[str, Any], weights: Weights) -> str:

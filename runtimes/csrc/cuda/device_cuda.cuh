@@ -27,6 +27,8 @@ EDGELM_DEVICE int thread() {
   __builtin_assume(found >= 0 && found < 1024);  // else a division of it needs a correction for negative numbers
   return found;
 }
+// The same without that assumption, for kernels in which it costs registers that spill.
+EDGELM_DEVICE int thread_index() { return threadIdx.x; }
 // The thread within its warp. Read once: the compiler keeps it, and does not compute it again from the thread.
 EDGELM_DEVICE int own_lane() {
   int lane;

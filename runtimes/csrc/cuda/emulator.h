@@ -403,6 +403,7 @@ inline void launch(const Kernel& kernel, const int* grid, int threads, size_t sh
 // -- the primitives of device.cuh --------------------------------------------------------------------------------------
 
 EDGELM_DEVICE int thread() { return emulator::state().current; }
+EDGELM_DEVICE int thread_index() { return thread(); }
 EDGELM_DEVICE int block_threads() { return emulator::state().threads; }
 EDGELM_DEVICE int block_x() { return emulator::state().block[0]; }
 EDGELM_DEVICE int block_y() { return emulator::state().block[1]; }

@@ -48,7 +48,7 @@ struct GemmRows { int expert, first, rows; };
 // Tile number `tile` of TN slots, counted over all experts in order. Every warp searches for it by itself.
 template <int TN> EDGELM_DEVICE GemmRows gemm_rows(const LinearArgs& args, int tile) {
   if (args.experts == 0) return {0, tile * TN, min_(TN, args.rows - tile * TN)};
-  const int lane = thread() % kWarp;
+  const int lane = thread_index() % kWarp;
   int before = 0;
   for (int base = 0; base < args.experts; base += kWarp) {
     const int expert = base + lane;
@@ -105,8 +105,8 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
 
   EDGELM_INLINE explicit Gemm(const LinearArgs& a)
       : args(a),
-        warp(shuffle(thread() / kWarp, 0)),  // from a shuffle the compiler knows that it is the same in all lanes
-        lane(thread() % kWarp),
+        warp(shuffle(thread_index() / kWarp, 0)),  // from a shuffle the compiler knows that it is the same in all lanes
+        lane(thread_index() % kWarp),
         warp_m(warp % WARPS_M),
         warp_n(warp / WARPS_M),
         tile(gemm_tile()),
@@ -119,40 +119,40 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   EDGELM_INLINE void prepare() {
     constexpr int kBlockBytes = Shape::tiles * kTileBytes;
     weights_stride = i64(tiles) * kTileBytes;
-    weights_block = block0 + thread() * 16 / kBlockBytes;
-    weights_tile = thread() * 16 % kBlockBytes / kTileBytes;
+    weights_block = block0 + thread_index() * 16 / kBlockBytes;
+    weights_tile = thread_index() * 16 % kBlockBytes / kTileBytes;
     weights_from = args.codes + rows.expert * args.codes_stride + weights_block * weights_stride +
-                   thread() * 16 % kBlockBytes;
+                   thread_index() * 16 % kBlockBytes;
     const int row_bytes = XF8 ? args.k : 2 * args.k;
     x_valid = 0;
     EDGELM_UNROLL
     for (int i = 0; i < kXCopies; ++i) {
-      const int token = thread() / 8 + i * (kGemmThreads / 8);
+      const int token = thread_index() / 8 + i * (kGemmThreads / 8);
       const bool valid = token < rows.rows;
       const int row = valid ? source_row(args, rows.first + token) : 0;
-      x_from[i] = static_cast<const u8*>(args.x) + i64(row) * row_bytes + thread() % 8 * 16;
+      x_from[i] = static_cast<const u8*>(args.x) + i64(row) * row_bytes + thread_index() % 8 * 16;
       x_valid |= u32(valid) << i;
     }
   }
 
   // Start copying stage `stage`, with zeros beyond the matrix.
   EDGELM_INLINE void copy_weights(int stage, u8* to) const {
-    const bool inside = thread() * 16 < Shape::weight_bytes && stage * Shape::tiles + weights_tile < tiles;
+    const bool inside = thread_index() * 16 < Shape::weight_bytes && stage * Shape::tiles + weights_tile < tiles;
     const u8* from = weights_from + i64(stage) * (Shape::tiles * kTileBytes);
     EDGELM_UNROLL
     for (int i = 0; i < kWeightCopies; ++i) {
       const bool valid = inside && weights_block + i * kBlocksAtOnce < blocks;
-      if (Shape::weight_bytes % kAtOnce == 0 || thread() * 16 < Shape::weight_bytes) {
-        cp_async16(to + thread() * 16 + i * kAtOnce, valid ? from + i * kBlocksAtOnce * weights_stride : args.codes,
-                   valid);
+      if (Shape::weight_bytes % kAtOnce == 0 || thread_index() * 16 < Shape::weight_bytes) {
+        cp_async16(to + thread_index() * 16 + i * kAtOnce,
+                   valid ? from + i * kBlocksAtOnce * weights_stride : args.codes, valid);
       }
     }
   }
   EDGELM_INLINE void copy_x(int stage, u8* to) const {
     const int row_bytes = XF8 ? args.k : 2 * args.k;
     const int at = stage * kGemmRowBytes;
-    const bool inside = at + thread() % 8 * 16 < row_bytes;
-    u8* to_row = to + thread() / 8 * kGemmRowBytes + ((thread() % 8) ^ (thread() / 8 & 7)) * 16;
+    const bool inside = at + thread_index() % 8 * 16 < row_bytes;
+    u8* to_row = to + thread_index() / 8 * kGemmRowBytes + ((thread_index() % 8) ^ (thread_index() / 8 & 7)) * 16;
     EDGELM_UNROLL
     for (int i = 0; i < kXCopies; ++i) {
       const bool valid = inside && (x_valid >> i & 1);
@@ -362,7 +362,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   const int width = args.swiglu ? TM / 2 : TM;
   const int first_output = my.tile.weights * width;
   const bool whole = outputs % 4 == 0;
-  for (int i = thread(); i < my.rows.rows * (width / 4); i += kGemmThreads) {
+  for (int i = thread_index(); i < my.rows.rows * (width / 4); i += kGemmThreads) {
     const int row = i / (width / 4), column = i % (width / 4) * 4;
     if (first_output + column >= outputs) continue;
     const float* from = results + row * My::kPitch + column;
