@@ -31,14 +31,14 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations coverage python310 release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-unit test-export test-cpp test-arm docs types
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-cuda test-export test-unit test-engines test-arm test-cpp docs types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -76,10 +76,15 @@ test-unit: $(INSTALLED) $(HARNESS) kernel
 test-export: $(INSTALLED) $(HARNESS) node kernel
 	$(BIN)/pytest -q $(foreach folder,tests/unit $(GPU_TESTS),--ignore $(folder))
 
-# What is for GPUs, without one: kernels emulated and compiled for every device, engines. Beside the rest: much of it waits
-# for one compiler.
-test-gpu: $(INSTALLED) $(HARNESS)
-	$(BIN)/pytest -q -rs $(GPU_TESTS)
+# What is for GPUs, without one: kernels emulated and compiled for every device; then engines. Beside the rest: much of it
+# waits for one compiler.
+test-gpu: test-cuda test-engines
+
+test-cuda: $(INSTALLED) $(HARNESS)
+	$(BIN)/pytest -q -rs tests/cuda
+
+test-engines: $(INSTALLED) $(HARNESS)
+	$(BIN)/pytest -q -rs $(filter-out tests/cuda,$(GPU_TESTS))
 
 install: $(INSTALLED)
 
