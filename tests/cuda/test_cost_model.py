@@ -30,7 +30,8 @@ needs_nvdisasm = pytest.mark.skipif(
 @pytest.mark.parametrize("kind", COUNTED)
 @pytest.mark.parametrize("model", MODELS)
 def test_launches_and_instructions_are_those_of_the_table(model: str, kind: str) -> None:
-    if cost_model.nvrtc_version() != DOCUMENT["nvrtc"]:
+    # constraints.txt pins the version, so another one in CI is a mistake.
+    if cost_model.nvrtc_version() != DOCUMENT["nvrtc"] and os.environ.get("CI") != "true":
         pytest.skip(f"counted with NVRTC {DOCUMENT['nvrtc']}, this one is {cost_model.nvrtc_version()}")
     found = cost_model.counted(model, kind, SM, MULTIPROCESSORS)
     held = DOCUMENT["now"][cost_model.device_key(SM, MULTIPROCESSORS)][model][kind]
