@@ -9,11 +9,12 @@
  *
  * Threads. Any number of threads may use one model: calls that compute run one after the other, in the order of
  * arrival. edgelm_cancel and edgelm_error_* may be called at any time. A detokenizer, a generation and an error belong
- * to one thread at a time. edgelm_close waits for the call that runs; no call may begin after it.
+ * to one thread at a time. edgelm_close may be called while other threads use the model; no call may begin after it.
  *
- * Structs of options. The first member is the struct's size as the caller compiled it; EDGELM_INIT sets it. All other
- * members may be zero, which is their default. Later versions append members, so programs compiled with an older
- * header go on working. EDGELM_ABI_VERSION changes only if that is not so.
+ * Structs. The first member is the struct's size as the caller compiled it; EDGELM_INIT sets it. All other members of
+ * options may be zero, which is their default. Later versions append members, never into padding, so programs compiled
+ * with an older header go on working. A newer header works as long as the members that the library does not know are
+ * zero. EDGELM_ABI_VERSION changes only if that is not so.
  */
 #ifndef EDGELM_H_
 #define EDGELM_H_
@@ -38,7 +39,11 @@ extern "C" {
 #define EDGELM_ABI_VERSION 1
 
 /* edgelm_open_options options = EDGELM_INIT(edgelm_open_options); */
-#define EDGELM_INIT(type) {sizeof(type)}
+#ifdef __cplusplus
+#define EDGELM_INIT(type) edgelm_initial<type>()
+#else
+#define EDGELM_INIT(type) {.size = sizeof(type)}
+#endif
 
 typedef struct edgelm_error edgelm_error;
 typedef struct edgelm_model edgelm_model;
@@ -84,7 +89,9 @@ typedef struct edgelm_open_options {
 
 /* Load a bundle. `path` is the folder that `edgelm export -o` wrote, terminated by 0. `options` may be NULL. */
 EDGELM_API edgelm_error* edgelm_open(const char* path, const edgelm_open_options* options, edgelm_model** model);
-EDGELM_API void edgelm_close(edgelm_model* model); /* NULL is allowed */
+/* End the call that runs as edgelm_cancel does, and wait for it; calls that wait for it fail with EDGELM_CANCELLED. Then
+ * free the model. Called in a callback of the model, it frees when the call of that callback returns. NULL is allowed. */
+EDGELM_API void edgelm_close(edgelm_model* model);
 
 typedef struct edgelm_model_info {
   size_t size;
@@ -105,9 +112,11 @@ typedef struct edgelm_model_info {
   int32_t pad_id;            /* -1: none */
   const int32_t* eos_ids;    /* tokens that end a text */
   size_t eos_count;
+  const char* tokenizer_problem; /* NULL, or why functions with text fail with EDGELM_TOKENIZER. Token ids work all the
+                                    same: the text of a generation is then empty, and stop strings are refused. */
 } edgelm_model_info;
 
-/* Fill in `info`, whose size the caller has set. */
+/* Fill in `info`, whose size the caller has set; members that the library does not know become 0. */
 EDGELM_API edgelm_error* edgelm_get_info(const edgelm_model* model, edgelm_model_info* info);
 
 /* ---- text and tokens -------------------------------------------------------------------------------------------- */
@@ -170,8 +179,9 @@ EDGELM_API edgelm_error* edgelm_generate_text(edgelm_model* model, const char* p
 EDGELM_API edgelm_error* edgelm_chat(edgelm_model* model, const char* messages, size_t size,
                                      const edgelm_generate_options* options, edgelm_generation** generation);
 
-/* End the call that runs, from any thread. A generation ends with reason EDGELM_STOP_INTERRUPTED and what it has
- * so far; other calls fail with EDGELM_CANCELLED. Without a running call it does nothing. */
+/* End the call that computes with the model, from any thread, but not from a signal handler. A generation ends with reason
+ * EDGELM_STOP_INTERRUPTED and what it has so far; other calls fail with EDGELM_CANCELLED. Calls that wait go on waiting.
+ * Without a running call it does nothing: to end a call that may not have begun, let its on_text return 1 as well. */
 EDGELM_API void edgelm_cancel(edgelm_model* model);
 
 typedef enum edgelm_stop_reason {
@@ -233,6 +243,14 @@ EDGELM_API edgelm_error* edgelm_parity(const char* path, const edgelm_parity_opt
                                        char** report, size_t* size);
 
 #ifdef __cplusplus
+}
+
+/* EDGELM_INIT in C++, where an aggregate with one initializer would bring a warning for each other member. */
+template <class Struct>
+inline Struct edgelm_initial() {
+  Struct initial = Struct();
+  initial.size = sizeof(Struct);
+  return initial;
 }
 #endif
 
