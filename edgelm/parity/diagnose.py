@@ -4,7 +4,7 @@ Layer i takes `hidden.i` through attention, router and experts to `hidden.{i+1}`
 of its input; therefore the error that a layer **adds** is compared. With S the reference's sketches, D
 the device's and delta_i = D_i - S_i:
 
-    added(i, p)    = |delta_{i+1} - delta_i| / max(|S_{i+1} - S_i|, FLOOR |S_i|)     error of the layer's own update
+    added(i, p)    = |delta_{i+1} - delta_i| / max(|S_{i+1} - S_i|, floor |S_i|)     error of the layer's own update
     incoming(i, p) = max(|delta_i| / |S_i| at p, its mean over the prompt's positions up to p, 1/8 of its largest there)
     excess(i, p)   = added / (base + gain * incoming)
 
@@ -21,20 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgelm.parity.limits import Limits
+from edgelm.parity.limits import LAYER_RULES, Limits
 from edgelm.parity.logits import LogitRecord, logit_errors
 from edgelm.parity.pack import FloatArray, IntArray, ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, Diagnosis, Floats, LayerResult, Mask, at_most, largest, mean, quantile
 from edgelm.parity.sketch import relative_error
 from edgelm.sizes import format_number
-
-# Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
-# activation, the stream's own rounding would otherwise look like an error of the update.
-FLOOR = 1e-2
-# Share of one earlier position's error that counts. With a gain of 8 that is all of it.
-SINGLE = 1 / 8
-# Float32 rounding moves router logits by about 1e-6.
-ROUTER_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,7 @@ def _layer(
     update = want.sketches[index + 1].astype(np.float64) - want.sketches[index]
     width = update.shape[-1]
     moved = np.linalg.norm(after - before, axis=-1) / np.sqrt(width)
-    scale = np.maximum(np.linalg.norm(update, axis=-1) / np.sqrt(width), FLOOR * want.norms[index])
+    scale = np.maximum(np.linalg.norm(update, axis=-1) / np.sqrt(width), LAYER_RULES.floor * want.norms[index])
     added = moved / np.maximum(scale, 1e-30)
     incoming = np.maximum(error[index], _mixed_in(pack, error[index]))
     allowed = limits.layer_base + limits.layer_gain * incoming
@@ -210,7 +202,7 @@ def _mixed_in(pack: ParityPack, error: Floats) -> Floats:
     for prompt in pack.prompts:
         rows = error[prompt.positions]
         mean = np.cumsum(rows) / np.arange(1, len(rows) + 1)
-        result[prompt.positions] = np.maximum(mean, SINGLE * np.maximum.accumulate(rows))
+        result[prompt.positions] = np.maximum(mean, LAYER_RULES.single * np.maximum.accumulate(rows))
     return result
 
 
@@ -266,7 +258,10 @@ def _before_router(
     if np.isnan(seen[bad]).mean() > 0.5:
         return True
     # Routers are less sensitive in some directions, so a hundredth counts if it is above rounding.
-    return bool(np.median(ratio) > 0.3) or bool(np.median(ratio) > 0.01 and np.median(seen[bad]) > ROUTER_ROUNDING)
+    typical, rules = float(np.median(ratio)), LAYER_RULES
+    return typical > rules.before_router or (
+        typical > rules.before_router_if_seen and float(np.median(seen[bad])) > rules.router_rounding
+    )
 
 
 def guilty_experts(experts: ArrayLike, bad: Mask, good: Mask) -> list[int] | None:
@@ -283,7 +278,7 @@ def guilty_experts(experts: ArrayLike, bad: Mask, good: Mask) -> list[int] | Non
     count = int(chosen.max()) + 1
     in_bad = np.bincount(chosen[bad].ravel(), minlength=count)
     in_use = in_bad + np.bincount(chosen[good].ravel(), minlength=count)
-    suspects = (in_bad > 0) & (in_bad >= 0.7 * in_use)
+    suspects = (in_bad > 0) & (in_bad >= LAYER_RULES.suspect * in_use)
     left = bad.copy()
     guilty: list[int] = []
     while left.any():

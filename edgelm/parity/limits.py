@@ -1,12 +1,16 @@
-"""The table of limits by kind of recipe. The check and the tests read it, and docs/reference/parity-limits.md shows it.
+"""The limits by kind of recipe, and the other constants of the parity check: `tables/limits.json`.
 
-How the values were chosen, with the measurements, is in docs/reference/parity-limits.md.
+Python and the C library both read that file, and docs/reference/parity-limits.md shows it, with the measurements by
+which the values were chosen.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from edgelm.errors import ParityError
 
@@ -44,26 +48,17 @@ class Limits:
     head_error: float
 
 
-# Largest relative difference of a stored pack and one recomputed on another machine: float32 matmuls in another order
-# give about 1e-6, a near-tie flip of an expert more at single positions.
-SAME_PACK = 1e-3
+_TABLE: dict[str, Any] = json.loads((Path(__file__).parent / "tables" / "limits.json").read_bytes())
 
+SAME_PACK: float = _TABLE["same_pack"]
+"""Largest relative difference of a stored pack and one recomputed on another machine.
 
-_QUANTISED = Limits(
-    kl_mean=1e-2, kl_p99=0.1, kl_max=1.0, logit_error=0.1, logit_error_p90=0.3, decode_error=0.1,
-    clear_gap=0.5, top1_clear=0.97, greedy_clear=0, perplexity=0.05,
-    embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
-)  # fmt: skip
+Float32 matmuls in another order give about 1e-6, a near-tie flip of an expert more at single positions.
+"""
 
-# From the finest kind to the coarsest.
-LIMITS: dict[str, Limits] = {
-    "none": Limits(
-        kl_mean=1e-6, kl_p99=1e-5, kl_max=1e-4, logit_error=1e-4, logit_error_p90=3e-4, decode_error=1e-4,
-        clear_gap=1e-2, top1_clear=1.0, greedy_clear=0, perplexity=1e-4,
-        embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
-    ),
-    **dict.fromkeys(("int8", "int6", "fp8", "int5", "int4", "int3"), _QUANTISED),
-}  # fmt: skip
+_FIXED = {name: Limits(**values) for name, values in _TABLE["fixed"].items()}
+LIMITS: dict[str, Limits] = {kind: _FIXED[entry["limits"]] for kind, entry in _TABLE["kinds"].items()}
+"""From the finest kind to the coarsest."""
 
 
 @dataclass(frozen=True)
@@ -78,37 +73,67 @@ class LossWarning:
     perplexity: float
 
 
-LOSS_WARNINGS: dict[str, LossWarning] = {
-    "none": LossWarning(1e-2, 0.02),
-    "int8": LossWarning(0.03, 0.05),
-    "int6": LossWarning(0.06, 0.08),
-    "fp8": LossWarning(0.1, 0.1),
-    "int5": LossWarning(0.15, 0.15),
-    "int4": LossWarning(0.3, 0.3),
-    "int3": LossWarning(0.5, 0.5),
-}
-
+LOSS_WARNINGS = {kind: LossWarning(**entry["warning"]) for kind, entry in _TABLE["kinds"].items()}
 
 # Least limits where values are float16 or bfloat16, which add noise of their own: every value is rounded to 11 or 8
 # bits, and a near-tie of the router may tip. Those of float16 were chosen by measurement; those of bfloat16 are eight
 # times as wide, as its steps are, up to what quantised bundles are allowed anyway.
-_OF_VALUES: dict[str, dict[str, float]] = {
-    "float32": {},
-    "float16": {
-        "kl_mean": 1e-3, "kl_p99": 1e-2, "kl_max": 0.5, "logit_error": 1e-2, "logit_error_p90": 0.1,
-        "decode_error": 1e-2, "clear_gap": 0.1, "perplexity": 1e-2,
-    },
-    "bfloat16": {
-        "kl_mean": 1e-2, "kl_p99": 0.1, "kl_max": 1.0, "logit_error": 0.1, "logit_error_p90": 0.3,
-        "decode_error": 0.1, "clear_gap": 0.5, "perplexity": 0.05,
-    },
-}  # fmt: skip
-_OF_DEBUG_VALUES: dict[str, dict[str, float]] = {
-    "float32": {},
-    "float16": {"embedding_error": 1e-3, "layer_base": 1e-2, "router_near_tie": 2e-2, "head_error": 5e-3},
-    "bfloat16": {"embedding_error": 8e-3, "layer_base": 8e-2, "router_near_tie": 0.16, "head_error": 4e-2},
-}
-_TOP1 = {"float32": 1.0, "float16": 0.99, "bfloat16": 0.97}
+_OF_VALUES: dict[str, dict[str, float]] = _TABLE["values"]
+_OF_DEBUG_VALUES: dict[str, dict[str, float]] = _TABLE["debug_values"]
+_TOP1: dict[str, float] = _TABLE["top1_clear"]
+
+LIKELY: int = _TABLE["likely"]
+"""Number of recorded tokens, the most probable ones, over which the error of a decoding step is taken.
+
+For one token the native operators compute the logits of improbable ones with the high nibbles of the head alone
+(docs/performance/schemes.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
+finds likely may be improbable to the quantised one.
+"""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Constants of the limits that are derived from the simulated rounding (`edgelm.parity.noise`).
+
+    `factor` is the margin for kernels that round more coarsely, `z` the standard deviations between two samples.
+    `largest`: the largest of a few hundred draws of small noise. A second sample's is rarely twice as large, so four
+    times in KL. The costs of flips have a long tail, `largest_flip`. If the simulation has fewer than `flips`, one flip
+    of `flip_kl` nats is allowed. A choice is clear if its gap is `clear` standard deviations of the rounding error.
+    """
+
+    factor: float
+    z: float
+    largest: float
+    largest_flip: float
+    flips: int
+    flip_kl: float
+    clear: float
+
+
+NOISE = Noise(**_TABLE["noise"])
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """Constants of the diagnosis by layers (`edgelm.parity.diagnose`).
+
+    `floor`: updates below this share of the residual stream are measured against the stream: where one position carries
+    a huge activation, the stream's own rounding would otherwise look like an error of the update. `single`: share of
+    one earlier position's error that counts; with a gain of 8 an eighth is all of it. `suspect`: share of an expert's
+    positions that are bad if it is guilty. `before_router` and `before_router_if_seen`: change of the router's logits,
+    relative to that of the stream, from which the error came before the router; the second only where the change is
+    above `router_rounding`, as float32 rounding moves router logits by about 1e-6.
+    """
+
+    floor: float
+    single: float
+    suspect: float
+    before_router: float
+    before_router_if_seen: float
+    router_rounding: float
+
+
+LAYER_RULES = LayerRules(**_TABLE["layers"])
 
 
 def loosened(limits: Limits, shipped: str, debug: str) -> Limits:

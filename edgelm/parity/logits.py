@@ -12,18 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgelm.parity.limits import LOSS_WARNINGS, Limits
+from edgelm.parity.limits import LIKELY, LOSS_WARNINGS, Limits
 from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, FloatLoss, Floats, Mask, at_least, at_most, largest, mean, quantile
-
-LIKELY = 16
-"""Number of recorded tokens, the most probable ones, over which the error of a decoding step is taken.
-
-For one token the native operators compute the logits of improbable ones with the high nibbles of the head alone
-(docs/performance/schemes.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
-finds likely may be improbable to the quantised one.
-"""
-
 
 _TINY = 1e-300
 

@@ -25,20 +25,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgelm.parity.limits import LIMITS, Limits
-from edgelm.parity.logits import LIKELY, bucketed_kl, logit_error
+from edgelm.parity.limits import LIKELY, LIMITS, NOISE, Limits
+from edgelm.parity.logits import bucketed_kl, logit_error
 from edgelm.parity.pack import ParityPack
 from edgelm.parity.result import Floats, largest, quantile
 
-FACTOR = 2.0
-Z = 3.0
-# The largest of a few hundred draws of small noise: a second sample's is rarely twice as large, so four times in KL.
-# The costs of flips have a long tail: sixteen times.
-LARGEST, LARGEST_FLIP = 4.0, 16.0
-FLIPS = 10
-FLIP_KL = 1.0
-# A choice is clear if its gap is this many standard deviations of the rounding error.
-CLEAR = 4.0
+# Explained at `Noise`.
+FACTOR, Z, CLEAR = NOISE.factor, NOISE.z, NOISE.clear
+LARGEST, LARGEST_FLIP = NOISE.largest, NOISE.largest_flip
+FLIPS, FLIP_KL = NOISE.flips, NOISE.flip_kl
 
 
 def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgelm.parity.check import judge
-from edgelm.parity.logits import LIKELY
+from edgelm.parity.limits import LIKELY
 
 from .synthetic import ALL, CHOSEN, COUNT, Scene, blur, disturb, diverge, flip
 
