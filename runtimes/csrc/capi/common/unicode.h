@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -16,6 +17,53 @@ char32_t next_character(std::string_view text, std::size_t& at);
 void append_utf8(std::string& text, char32_t character);
 std::u32string to_characters(std::string_view utf8);
 std::string to_utf8(std::u32string_view characters);
+
+// clang-format off
+// General categories of Unicode 16, as Oniguruma of the `tokenizers` library has them.
+enum class Category : std::uint8_t {
+  kUpperLetter, kLowerLetter, kTitleLetter, kModifierLetter, kOtherLetter,               // L
+  kNonspacingMark, kSpacingMark, kEnclosingMark,                                         // M
+  kDecimalNumber, kLetterNumber, kOtherNumber,                                           // N
+  kConnectorPunctuation, kDashPunctuation, kOpenPunctuation, kClosePunctuation,          // P
+  kInitialPunctuation, kFinalPunctuation, kOtherPunctuation,
+  kMathSymbol, kCurrencySymbol, kModifierSymbol, kOtherSymbol,                           // S
+  kSpaceSeparator, kLineSeparator, kParagraphSeparator,                                  // Z
+  kControl, kFormat, kSurrogate, kPrivateUse, kUnassigned                                // C
+};
+// clang-format on
+Category category(char32_t character);
+// Its name of two letters, and the category of a name; empty for another name.
+const char* category_name(Category category);
+std::optional<Category> category_of_name(std::string_view name);
+
+// \p{L}, \p{M}, \p{N}, \p{P}, \p{S}, \p{Z} and \p{C}.
+bool is_letter(char32_t character);
+bool is_mark(char32_t character);
+bool is_number(char32_t character);
+bool is_punctuation(char32_t character);
+bool is_symbol(char32_t character);
+
+bool is_white_space(char32_t character);     // Unicode's White_Space: \s of Oniguruma and Rust
+bool is_python_space(char32_t character);    // str.isspace: also U+001C to U+001F
+bool is_alphabetic(char32_t character);      // Unicode's Alphabetic: char::is_alphabetic of Rust
+bool is_word(char32_t character);            // \w of Rust's regex crate: alphabetic, marks, digits, connectors, joiners
+bool is_oniguruma_word(char32_t character);  // \w of Oniguruma: without joiners, with U+00B2 and the like
+bool is_rust_punctuation(char32_t character);  // what the steps Punctuation and BertPreTokenizer split off
+bool is_printable(char32_t character);         // str.isprintable
+bool is_upper(char32_t character);             // Unicode's Uppercase and Lowercase
+bool is_lower(char32_t character);
+
+// One character in lower case, as char::to_lowercase of Rust and the step Lowercase; one or two characters.
+void append_lower(std::u32string& text, char32_t character);
+
+// As Python's str.lower, str.upper, str.title and str.capitalize.
+std::string to_lower(std::string_view text);
+std::string to_upper(std::string_view text);
+std::string to_title(std::string_view text);
+std::string capitalized(std::string_view text);
+
+enum class Form { NFC, NFD, NFKC, NFKD };
+std::string normalized(std::string_view text, Form form);
 
 // Joins bytes to characters, as Python's incremental decoder with errors="replace": one U+FFFD for each maximal subpart.
 class Utf8Stream {
