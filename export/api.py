@@ -45,6 +45,7 @@ from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.tokenization import description
 from edgelm.tokenization.chat_template import template_notes
 from edgelm.tokenization.tokenizer import Tokenizer
 from edgelm.version import __version__
@@ -240,6 +241,7 @@ def _copy_text_files(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
     names |= {name: source / name for name in _COPIED if (source / name).is_file()}
     for name, path in sorted(names.items()):
         shutil.copyfile(path, folder / name)
+    description.write(tokenizer, source, folder / description.FILE)
 
 
 def _write_manifest(job: ExportJob, folder: Path, tensors: tuple[TensorEntry, ...], hashes: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import CheckpointError, TokenizerError
@@ -200,13 +201,21 @@ class Tokenizer:
         state = hashlib.sha256()
         for index in range(self.vocab_size):
             state.update(b"%d %b\n" % (index, vocabulary.fingerprint_bytes(index).hex().encode()))
-        special = sorted(vocabulary.own_special | self._named)
-        ids = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, special]
+        fields = self.fingerprint_fields()
+        ids = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, fields["special"]]
         state.update(json.dumps([ids, [vocabulary.encode(probe) for probe in PROBES]]).encode())
-        if vocabulary.added:  # only then, so that fingerprints from older versions stay valid
-            flags = [
-                [index, token.content, *(getattr(token, flag) for flag in FLAGS)]
-                for index, token in sorted(vocabulary.added.items())
-            ]
-            state.update(json.dumps(flags).encode())
+        state.update(fields["added"].encode())
         return state.hexdigest()
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what the fingerprint covers besides the vocabulary, ids and texts.
+
+        `special`: ids of special tokens; `added`: JSON of the tokens that other files than the vocabulary add. It is
+        empty where there are none, so that fingerprints from older versions stay valid.
+        """
+        added = [
+            [index, token.content, *(getattr(token, flag) for flag in FLAGS)]
+            for index, token in sorted(self.vocabulary.added.items())
+        ]
+        special = sorted(self.vocabulary.own_special | self._named)
+        return {"special": special, "added": json.dumps(added) if added else ""}

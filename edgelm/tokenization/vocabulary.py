@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.errors import TokenizerError
-from edgelm.tokenization import tokenizer_json
+from edgelm.tokenization import described_steps, tokenizer_json
 from edgelm.tokenization.added_tokens import AddedToken, Declared, json_tokens
 from edgelm.tokenization.piece_model import BPE, BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_piece_model
 from edgelm.tokenization.tokenizer_json import SPACE, call_library
@@ -80,6 +80,14 @@ class Vocabulary(ABC):
     @abstractmethod
     def is_byte(self, index: int) -> bool:
         """Return whether the token is one raw byte."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that `edgelm.tokenization.description` lists for this kind of file.
+
+        Raises:
+            UnsupportedError: libedgelm does not have such a tokenizer.
+        """
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -265,6 +273,30 @@ class JsonVocabulary(Vocabulary):
             return bytes.fromhex(match[1])
         return token.encode()
 
+    def describe(self) -> dict[str, Any]:
+        """See `Vocabulary`."""
+        native = self._tokenizer
+        tokens = described_steps.added_tokens(native.get_added_tokens_decoder().items())
+        for token in tokens:
+            text = self._decoded_token(token["id"])
+            if text != token["content"]:
+                token["decoded"] = text
+        normalizer, pre_tokenizer = (described_steps.steps(native, part) for part in ("normalizer", "pre_tokenizer"))
+        described_steps.check_order(normalizer, pre_tokenizer)
+        return {
+            "kind": "json",
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "model": described_steps.json_model(native),
+            "decoder": {
+                "byte_level": bool(self._byte_level),
+                "replace": [list(pair) for pair in self._replace],
+                "byte_tokens": self._byte_fallback,
+            },
+            "split_special_tokens": native.encode_special_tokens,
+            "added_tokens": tokens,
+        }
+
 
 def _sources(tokens: Collection[AddedToken]) -> list[str]:
     return sorted({token.where for token in tokens if token.where})
@@ -286,6 +318,15 @@ class _Splitter:
             self._native.add_tokens, [t.to_library() for t in used], what=f"{where}: its tokens cannot be used"
         )
         self._ids = {self._native.token_to_id(token.content): ids[token.content] for token in used}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the description that say what is split off."""
+        tokens = self._native.get_added_tokens_decoder().items()
+        return {
+            "normalizer": described_steps.steps(self._native, "normalizer"),
+            "split_special_tokens": self._native.encode_special_tokens,
+            "added_tokens": described_steps.added_tokens((self._ids[index], token) for index, token in tokens),
+        }
 
     def __call__(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Yield the parts of `text` with their offsets: the id of an added token, or the text between them."""
@@ -426,3 +467,16 @@ class PieceVocabulary(Vocabulary):
             surface: str = self._model.DecodeIds([index])
             return surface.encode()
         return self.token_bytes(index)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Vocabulary`."""
+        return {
+            "kind": "pieces",
+            "rules": "merges" if self._kind else "model",
+            "prefix": self._prefix,
+            "unknown_id": None if self._unknown < 0 else self._unknown,
+            "unknown_text": "" if self._unknown < 0 else self.fingerprint_bytes(self._unknown).decode(),
+            "drops_unknown": self._drops_unknown,
+            "verbatim": [] if self._kind else sorted({*self.own_special, *self.added}),
+            **self._split.describe(),
+        }
