@@ -31,8 +31,8 @@ class Json {
 
   // Parse a document: RFC 8259, with NaN and Infinity as Python reads them. Strings are valid UTF-8; a lone surrogate
   // escape is refused. Integers beyond 64 bits become doubles. Throws Error(code) with `where`, line and column. Nesting
-  // is limited to 200.
-  static Json parse(std::string_view text, const std::string& where, edgelm_code code);
+  // is limited to 200. `unique`: a key that occurs twice is an error.
+  static Json parse(std::string_view text, const std::string& where, edgelm_code code, bool unique = false);
 
   bool is_null() const { return value_.index() == 0; }
   bool is_bool() const { return std::holds_alternative<bool>(value_); }
@@ -70,6 +70,9 @@ class Json {
 // A double as Python's repr writes it: "1.0", "1e-05", "inf", "nan".
 std::string python_repr(double value);
 
+// A value as messages show it: short, and with "1" distinct from 1.
+std::string shown(const Json& value);
+
 // Typed access to an object's members with errors that name `where` and the key. `code` is that of the errors.
 class Members {
  public:
@@ -85,13 +88,13 @@ class Members {
   bool boolean(std::string_view key, bool otherwise) const;
   const Json::Array& array(std::string_view key) const;
   Members object(std::string_view key) const;
-  [[noreturn]] void refuse(std::string_view key, const std::string& problem) const;  // "WHERE: KEY PROBLEM"
+  [[noreturn]] void refuse(std::string_view key, const std::string& problem) const;  // "WHERE: OUTER.KEY PROBLEM"
   const std::string& where() const { return where_; }
   const Json& json() const { return json_; }
 
  private:
   const Json& json_;
-  std::string where_;
+  std::string where_, path_;  // path_: of the object in the document, with a dot at the end
   edgelm_code code_;
 };
 

@@ -1,0 +1,10 @@
+// What a manifest may hold; as the dataclasses of edgelm/bundle.
+#pragma once
+
+#include "capi/common/schema.h"
+
+namespace edgelm::capi {
+
+const Schema& manifest_schema();
+
+}  // namespace edgelm::capi

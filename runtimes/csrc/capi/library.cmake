@@ -1,0 +1,53 @@
+# libedgelm: bundles in an app without Python. Everything above, and what is in this folder.
+# It links neither ONNX Runtime nor CUDA: both are opened at run time.
+
+file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/../../pyproject.toml EDGELM_VERSION REGEX "^version = \"")
+string(REGEX REPLACE "^version = \"(.*)\"$" "\\1" EDGELM_VERSION "${EDGELM_VERSION}")
+file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/capi/edgelm.h EDGELM_ABI REGEX "^#define EDGELM_ABI_VERSION ")
+string(REGEX REPLACE "^#define EDGELM_ABI_VERSION " "" EDGELM_ABI "${EDGELM_ABI}")
+
+file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi/*.cc)
+add_library(edgelm_capi OBJECT ${EDGELM_CAPI})
+target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
+target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_OPS_FLAGS} -ffunction-sections -fdata-sections)
+target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUILDS_LIBRARY EDGELM_VERSION="${EDGELM_VERSION}")
+
+set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> $<TARGET_OBJECTS:edgelm_operators> $<TARGET_OBJECTS:edgelm_core>
+                   $<TARGET_OBJECTS:edgelm_gpu> ${EDGELM_TABLES})
+
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
+  add_library(edgelm SHARED ${EDGELM_OBJECTS})
+  set_target_properties(edgelm PROPERTIES LINKER_LANGUAGE CXX VERSION ${EDGELM_VERSION} SOVERSION ${EDGELM_ABI})
+  target_link_libraries(edgelm PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT EDGELM_SANITIZE)
+    # The version script hides what other libraries of ours export, and lets the linker drop what then is unused.
+    set(exports ${CMAKE_CURRENT_SOURCE_DIR}/capi/exports.map)
+    target_link_options(edgelm PRIVATE -Wl,-z,defs,-z,noexecstack,-z,relro,-z,now -Wl,--gc-sections
+                        -Wl,--version-script=${exports})
+    set_target_properties(edgelm PROPERTIES LINK_DEPENDS ${exports})
+  endif()
+endif()
+
+# Build tests/capi/*_test.cc. From an archive each takes only the parts that it needs.
+function(edgelm_library_tests)
+  add_library(edgelm_parts STATIC EXCLUDE_FROM_ALL ${EDGELM_OBJECTS})
+  set_target_properties(edgelm_parts PROPERTIES LINKER_LANGUAGE CXX)
+  target_link_libraries(edgelm_parts PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/capi/*_test.cc)
+  foreach(source ${sources})
+    get_filename_component(name ${source} NAME_WE)
+    add_executable(capi_${name} ${source})
+    target_include_directories(capi_${name} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/tests)
+    target_compile_options(capi_${name} PRIVATE ${EDGELM_FLAGS} ${EDGELM_OPS_FLAGS})
+    target_compile_definitions(capi_${name} PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUILDS_LIBRARY)
+    target_link_libraries(capi_${name} PRIVATE edgelm_parts)
+    if(CMAKE_CROSSCOMPILING)
+      set(reduced reduced)  # under emulation the longest tests would take minutes
+    endif()
+    # Files of the repository are opened by their path in it.
+    string(REPLACE "_test" "" name capi_${name})
+    add_test(NAME ${name} COMMAND ${name}_test ${reduced}
+             WORKING_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}/../..)
+    add_dependencies(edgelm_tests ${name}_test)
+  endforeach()
+endfunction()

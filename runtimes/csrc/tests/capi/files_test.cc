@@ -1,0 +1,155 @@
+// Tests files, hashes and UTF-8.
+#include "capi/common/files.h"
+
+#include <cstdlib>
+#include <string>
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "capi/common/unicode.h"
+#include "check.h"
+
+namespace {
+
+using namespace edgelm::capi;
+
+std::string folder() {
+  static const std::string path = [] {
+    char name[] = "/tmp/edgelm-files-XXXXXX";
+    return std::string(mkdtemp(name));
+  }();
+  return path;
+}
+
+template <class Call>
+std::string refusal(edgelm_code code, const Call& call) {
+  try {
+    call();
+    return "";
+  } catch (const Error& error) {
+    return error.code == code ? error.what() : "wrong code";
+  }
+}
+
+void write(const std::string& path, const std::string& text) {
+  write_atomically(path, [&](const auto& put) { put(text.data(), text.size()); });
+}
+
+void TestAFileIsReplacedWholeOrNotAtAll() {
+  const std::string path = join(folder(), "a");
+  const std::string large(1 << 20, 'x');
+  write(path, large);
+  EXPECT(read_file(path, 1 << 20, EDGELM_FILE) == large, "written and read");
+  const std::string why = refusal(EDGELM_CANCELLED, [&] {
+    write_atomically(path, [](const auto& put) {
+      put("half", 4);
+      fail(EDGELM_CANCELLED, "stop");
+    });
+  });
+  EXPECT(why == "stop" && read_file(path, 1 << 20, EDGELM_FILE) == large, "unchanged after an error");
+  EXPECT(
+      refusal(EDGELM_FILE, [&] { write(join(folder(), "none/a"), ""); }).find("cannot be written") != std::string::npos,
+      "no folder");
+  EXPECT(unlink(path.c_str()) == 0 && rmdir(folder().c_str()) == 0, "something was left beside the file");
+  EXPECT(mkdir(folder().c_str(), 0700) == 0, "made again");
+}
+
+void TestWhatIsNoReadableFileIsRefused() {
+  const std::string path = join(folder(), "b");
+  write(path, "12345");
+  EXPECT(refusal(EDGELM_BUNDLE, [&] { read_file(path, 4, EDGELM_BUNDLE); }).find("larger than 4") != std::string::npos,
+         "large");
+  EXPECT(read_file(path, 5, EDGELM_BUNDLE) == "12345", "just as large as allowed");
+  EXPECT(refusal(EDGELM_FILE, [&] { read_file(folder(), 9, EDGELM_FILE); }).find("folder") != std::string::npos,
+         "folder");
+  EXPECT(refusal(EDGELM_FILE, [&] { read_file(path + "x", 9, EDGELM_FILE); }).find("missing") != std::string::npos,
+         "none");
+  const std::string pipe = join(folder(), "pipe");
+  EXPECT(mkfifo(pipe.c_str(), 0600) == 0, "mkfifo");
+  EXPECT(refusal(EDGELM_FILE, [&] { read_file(pipe, 9, EDGELM_FILE); }).find("not a file") != std::string::npos,
+         "pipe");
+  unlink(pipe.c_str());
+
+  const MappedFile mapped(path, EDGELM_BUNDLE);
+  EXPECT(mapped.size() == 5 && mapped.data()[4] == '5', "mapped");
+  mapped.check();
+  write(path, "");
+  mapped.check();  // the mapping is of the file that was replaced
+  EXPECT(MappedFile(path, EDGELM_BUNDLE).size() == 0, "an empty file");
+  write(path, "12345");
+  const MappedFile cut(path, EDGELM_BUNDLE);
+  EXPECT(truncate(path.c_str(), 3) == 0, "truncate");
+  EXPECT(refusal(EDGELM_BUNDLE, [&] { cut.check(); }).find("had 5 bytes") != std::string::npos, "cut");
+  unlink(path.c_str());
+  rmdir(folder().c_str());
+}
+
+void TestHashesAreTheStandardOnes() {
+  const std::string empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+  EXPECT(Sha256().hex() == empty, "of nothing");
+  for (const std::size_t step : {1, 7, 64, 1000}) {
+    Sha256 hash;
+    std::uint32_t crc = 0;
+    const std::string text(1000, 'a');
+    for (std::size_t at = 0; at < text.size(); at += step) {
+      const std::string_view part = std::string_view(text).substr(at, step);
+      hash.update(part);
+      crc = crc32(part.data(), part.size(), crc);
+    }
+    EXPECT(hash.hex() == "41edece42d63e8d9bf515a9ba6932e1c20cbc9f5a5d134645adb5db1b9737ea3", "in steps of %zu", step);
+    EXPECT(crc == 0x9a38da03u, "%08x in steps of %zu", crc, step);
+  }
+  EXPECT(crc32("123456789", 9) == 0xcbf43926u, "check value");
+}
+
+// The text of bytes that arrive one by one.
+std::string streamed(std::string_view bytes) {
+  Utf8Stream stream;
+  std::string text;
+  for (const char byte : bytes) text += stream.push({&byte, 1});
+  return text + stream.flush();
+}
+
+void TestInvalidUtf8BecomesReplacementCharacters() {
+  const std::string r = "\xef\xbf\xbd";
+  const std::pair<std::string, std::string> cases[] = {
+      {"aé漢😀", "aé漢😀"},
+      {"\xff\xc0\x80", r + r + r},
+      {"\xe6\xbc", r},
+      {"\xe6\xbc!", r + "!"},
+      {"\xed\xa0\x80", r + r + r},          // a surrogate
+      {"\xf0\x80\x80\x80", r + r + r + r},  // overlong
+      {"\xf4\x90\x80\x80", r + r + r + r},  // beyond U+10FFFF
+      {"\xf0\x9f\x98\xf0\x9f\x98\x80", r + "😀"},
+  };
+  for (const auto& [bytes, text] : cases) {
+    Utf8Stream stream;
+    const std::string whole = stream.push(bytes);
+    EXPECT(whole + stream.flush() == text, "of %zu bytes at once", bytes.size());
+    EXPECT(streamed(bytes) == text, "of %zu bytes one by one", bytes.size());
+    EXPECT((valid_utf8_prefix(bytes) == bytes.size()) == (bytes == text), "validity of %zu bytes", bytes.size());
+  }
+  Utf8Stream stream;
+  EXPECT(stream.push("a\xf0\x9f") == "a" && stream.push("\x98") == "" && stream.push("\x80") == "😀", "held back");
+}
+
+void TestCharactersAreTheSameThereAndBack() {
+  std::u32string all;
+  for (char32_t c = 0; c < 0x110000; c += c < 0x3000 ? 1 : 17) {
+    if (c < 0xd800 || c > 0xdfff) all += c;
+  }
+  const std::string text = to_utf8(all);
+  EXPECT(valid_utf8_prefix(text) == text.size() && to_characters(text) == all, "of %zu characters", all.size());
+}
+
+}  // namespace
+
+int main() {
+  TestAFileIsReplacedWholeOrNotAtAll();
+  TestWhatIsNoReadableFileIsRefused();
+  TestHashesAreTheStandardOnes();
+  TestInvalidUtf8BecomesReplacementCharacters();
+  TestCharactersAreTheSameThereAndBack();
+  return edgelm_test::Finish();
+}
