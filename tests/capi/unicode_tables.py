@@ -1,4 +1,4 @@
-"""Write runtimes/csrc/capi/common/unicode_tables.inc: properties, case and normal forms of characters, as the `tokenizers` library has them.
+"""Write unicode_tables.inc of libedgelm: properties, case and normal forms, as the `tokenizers` library has them.
 
 The library is asked about every code point, since its parts are of different versions of Unicode: its regular
 expressions (Oniguruma) of 16, Rust's standard library of 17, normal forms of 12. Upper and title case, which only chat
