@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from edgelm.generation.sampling import Sampling, draw, filtered, penalise, top_k, weights_of
 
-# Limit of the relative error of a sum of float32 exponentials on the device against numpy's sum: numpy's differ from
-# the exact ones by less than 4 units in the last place (2^-23), CUDA's by 2, and some room.
+# Limit of the relative error of a sum of float32 exponentials on the device against numpy's sum of float64 ones: CUDA's
+# differ from the exact ones by 2 units in the last place (2^-23), and some room.
 _ERROR = 8 * 2.0**-23
 # Limit of the error that does not grow with a sum, as a part of the total, which is at least 1: up to 2^20 numbers are
 # rounded down to multiples of 2^-44.

@@ -1,4 +1,5 @@
-// A loaded bundle that generates text: tokenizer, chat template, runtime, and the queue of calls.
+// A loaded bundle that generates text: tokenizer, chat template, runtime, and the queue of calls. As
+// edgelm/generation/language_model.py.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 
 #include "capi/bundle/bundle.h"
 #include "capi/chat/chat_template.h"
+#include "capi/generation/sampling.h"
 #include "capi/runtime/runtime.h"
 #include "capi/tokenizer/tokenizer.h"
 
@@ -19,9 +21,7 @@ namespace edgelm::capi {
 // As edgelm.GenerateOptions in Python; checked by `Model`.
 struct GenerateOptions {
   std::optional<std::int64_t> max_tokens = 256;  // none: until the model ends the text or the context is full
-  double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
-  std::int64_t top_k = 0;
-  std::optional<std::uint64_t> seed;
+  Sampling sampling;
   std::vector<std::string> stop;
   bool reuse = false;
   std::function<bool(std::string_view text)> on_text;  // false: stop
@@ -42,12 +42,15 @@ struct Generation {
 // All members may be called from several threads; those that compute wait for each other in the order of arrival.
 class Model {
  public:
+  // The tokenizer is read while the runtime loads. A tokenizer that is not supported or damaged is no error here.
   Model(const std::string& path, const RuntimeOptions& options);
   ~Model();
 
   const Bundle& bundle() const;
-  const Tokenizer& tokenizer() const;
   const Runtime& runtime() const;
+  // Throws the error of opening it. May outlive the model.
+  std::shared_ptr<const Tokenizer> tokenizer() const;
+  const char* tokenizer_problem() const;  // why `tokenizer` throws; nullptr if it does not
   bool has_chat_template() const;
 
   std::string render_chat(const Json& messages, const Json& variables, bool add_generation_prompt) const;
@@ -61,6 +64,8 @@ class Model {
   void reset();
   std::int64_t cached_tokens();
   void cancel();  // ends the call that runs
+  // End the call that runs and fail those that wait. Returns when they have ended; in a callback at once.
+  void close();
 
  private:
   struct State;
