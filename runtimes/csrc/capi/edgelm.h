@@ -83,7 +83,7 @@ typedef struct edgelm_open_options {
                                as the system finds libonnxruntime.so.1 (.dylib, .dll) */
   int32_t threads;         /* 0: the physical cores that this process may use */
   int32_t context_length;  /* positions of the KV cache; 0: the model's limit, at most 4096 */
-  int32_t chunk;           /* tokens of a prefill step; 0: 512 */
+  int32_t chunk;           /* tokens of a prefill step; 0: 512, on a GPU 2048 */
   const char* kv;          /* type of the KV cache: float32, float16, bfloat16, fp8, int8, int4; NULL: the bundle's */
 } edgelm_open_options;
 

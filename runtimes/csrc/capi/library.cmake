@@ -6,14 +6,18 @@ string(REGEX REPLACE "^version = \"(.*)\"$" "\\1" EDGELM_VERSION "${EDGELM_VERSI
 file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/capi/edgelm.h EDGELM_ABI REGEX "^#define EDGELM_ABI_VERSION ")
 string(REGEX REPLACE "^#define EDGELM_ABI_VERSION " "" EDGELM_ABI "${EDGELM_ABI}")
 
-file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi/*.cc)
+file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi/*.cc
+     ${CMAKE_CURRENT_SOURCE_DIR}/cuda/executor/*.cc)
 add_library(edgelm_capi OBJECT ${EDGELM_CAPI})
 target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
 target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_OPS_FLAGS} -ffunction-sections -fdata-sections)
 target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUILDS_LIBRARY EDGELM_VERSION="${EDGELM_VERSION}")
 
+# Launch planning and the choice of kernels, without the plugins, which open their own file when they are loaded.
+set(EDGELM_PLANNING
+    "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
 set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> $<TARGET_OBJECTS:edgelm_operators> $<TARGET_OBJECTS:edgelm_core>
-                   $<TARGET_OBJECTS:edgelm_gpu> ${EDGELM_TABLES})
+                   ${EDGELM_PLANNING} ${EDGELM_TABLES})
 
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
   add_library(edgelm SHARED ${EDGELM_OBJECTS})

@@ -17,7 +17,7 @@ struct RuntimeOptions {
   std::string onnxruntime;          // path of its library; empty: see edgelm.h
   int threads = 0;                  // 0: the physical cores that this process may use
   std::int64_t context_length = 0;  // 0: the model's, at most 4096
-  std::int64_t chunk = 0;           // 0: 512
+  std::int64_t chunk = 0;           // 0: 512, on a GPU 2048
   std::string kv;                   // empty: the bundle's
 };
 
