@@ -7,6 +7,7 @@
 #endif
 
 #include "capi/runtime/options.h"
+#include "capi/runtime/onnxruntime/cache_rows.h"
 #include "capi/runtime/onnxruntime/session.h"
 
 namespace edgelm::capi {
@@ -48,6 +49,7 @@ class CpuRuntime : public Runtime {
     const PortableType type = native_ ? PortableType{ort::kUint8, 1} : portable_type(bundle);
     const std::int64_t width = native_ ? native_row_bytes(kv, model.head_dim) : model.head_dim;
     row_ = width * type.bytes;
+    rows_ = {kv, model.head_dim, row_, context_length};
     const char* lengths = native_ ? "past_lengths" : "attention_mask";
     session_ = std::make_unique<Session>(bundle, bundle.manifest().graph_file, options.onnxruntime, threads);
     session_->check_graph(bundle, lengths);
@@ -72,16 +74,26 @@ class CpuRuntime : public Runtime {
 
   void write_cache(std::int64_t length, const std::function<void(const void*, std::size_t)>& write) override {
     require_length(length, position_, "cached tokens");
-    for (const Untouched& cache : caches_) {
-      for (std::int64_t head = 0; head < heads_; ++head) write(row(cache, head), std::size_t(length * row_));
+    std::vector<unsigned char> rows(native_ ? std::size_t(length * row_) : 0);
+    for (std::size_t i = 0; i < caches_.size(); ++i) {
+      for (std::int64_t head = 0; head < heads_; ++head) {
+        const unsigned char* at = head_cache(i, head);
+        if (native_) rows_.pack(i % 2 == 0, at, length, rows.data());
+        write(native_ ? rows.data() : at, std::size_t(length * row_));
+      }
     }
   }
 
   void read_cache(std::int64_t length, const std::function<void(void*, std::size_t)>& read) override {
     require_length(length, context_length, "positions of the context");
     position_ = 0;  // if `read` throws, nothing is cached
-    for (const Untouched& cache : caches_) {
-      for (std::int64_t head = 0; head < heads_; ++head) read(row(cache, head), std::size_t(length * row_));
+    std::vector<unsigned char> rows(native_ ? std::size_t(length * row_) : 0);
+    for (std::size_t i = 0; i < caches_.size(); ++i) {
+      for (std::int64_t head = 0; head < heads_; ++head) {
+        unsigned char* at = head_cache(i, head);
+        read(native_ ? rows.data() : at, std::size_t(length * row_));
+        if (native_) rows_.unpack(i % 2 == 0, at, length, rows.data());
+      }
     }
     mark(0, length);
     position_ = length;
@@ -126,8 +138,9 @@ class CpuRuntime : public Runtime {
     std::fill(mask + begin, mask + end, std::int64_t(1));
   }
 
-  unsigned char* row(const Untouched& cache, std::int64_t head) const {
-    return cache.data() + head * context_length * row_;
+  // One head's keys (of an even index) or values.
+  unsigned char* head_cache(std::size_t index, std::int64_t head) const {
+    return caches_[index].data() + head * context_length * row_;
   }
 
   // The weights file as the manifest has it: it may have been truncated since the bundle was opened.
@@ -147,8 +160,9 @@ class CpuRuntime : public Runtime {
   bool native_;
   MappedFile weights_;
   std::int64_t heads_ = 0, row_ = 0;  // bytes of a head's keys of one token
-  std::int64_t length_ = 0;           // input past_lengths
-  std::unique_ptr<Untouched> mask_;   // input attention_mask
+  CacheRows rows_ = {};
+  std::int64_t length_ = 0;          // input past_lengths
+  std::unique_ptr<Untouched> mask_;  // input attention_mask
   std::vector<Untouched> caches_;
   std::unique_ptr<Session> session_;
   std::unique_ptr<BoundGraph> graph_;
