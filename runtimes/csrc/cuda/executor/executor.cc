@@ -201,7 +201,7 @@ Executor::Plan Executor::make_plan(const Key& key) {
       }
     }
     if (one.op == "GroupQueryAttention") add_prefetch(i, node);
-    add(launches(node, layout_.device(), workspace, counters));
+    add(layout_.launches(node, workspace, counters));
   }
   if (greedy) {
     add(argmax_launches(base_ + layout_.offset("logits"), base_ + layout_.next_ids, last.rows(),

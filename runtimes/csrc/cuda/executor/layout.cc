@@ -173,6 +173,10 @@ Node Layout::node(std::size_t index, const StepSize& step) const {
   return made;
 }
 
+Launches Layout::launches(const Node& node, u64 workspace_address, u64 counters_address) const {
+  return planned([&] { return gpu::launches(node, device_, workspace_address, counters_address); });
+}
+
 std::vector<std::size_t> Layout::kinds() const {
   std::set<std::string> known;
   std::vector<std::size_t> found;

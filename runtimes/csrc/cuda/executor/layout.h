@@ -62,6 +62,8 @@ class Layout {
 
   // A node for launch planning; its addresses are 0.
   Node node(std::size_t index, const StepSize& step) const;
+  // Its launches, once it has addresses.
+  Launches launches(const Node& node, u64 workspace_address, u64 counters_address) const;
   KernelNames kernels() const;  // that steps may launch
 
  private:
