@@ -1,4 +1,4 @@
-"""Write unicode_tables.inc of libedgelm: properties, case and normal forms, as the `tokenizers` library has them.
+"""Write the tables of unicode.h: properties, case and normal forms, as the `tokenizers` library has them.
 
 The library is asked about every code point, since its parts are of different versions of Unicode: its regular
 expressions (Oniguruma) of 16, Rust's standard library of 17, normal forms of 12. Upper and title case, which only chat
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-OUT = Path(__file__).parents[2] / "runtimes/csrc/capi/common/unicode_tables.inc"
+OUT = Path(__file__).parents[2] / "runtimes/csrc/capi/common/unicode/tables.inc"
 CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 NAMES = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn"
 CATEGORIES = [NAMES[i : i + 2] for i in range(0, len(NAMES), 2)]

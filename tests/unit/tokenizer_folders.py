@@ -102,10 +102,9 @@ def trained_pieces(folder: Path, **options: Any) -> Path:
         sentence_iterator=iter(synth_tokenizer.SAMPLE.splitlines() * 4),
         model_writer=model,
         vocab_size=400,
-        model_type="bpe",
         minloglevel=2,
         num_threads=1,
-        **{"byte_fallback": True, **options},
+        **{"model_type": "bpe", "byte_fallback": True, **options},
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder

@@ -71,50 +71,19 @@ std::size_t without_space_after(std::string_view text, std::size_t at) {
 
 }  // namespace
 
-void AddedTokens::Patterns::build() {
-  // Of equal ones, the first is kept.
-  std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  sorted.erase(
-      std::unique(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first == b.first; }),
-      sorted.end());
-  std::size_t at = 0;
-  for (int byte = 0; byte < 256; ++byte) {
-    first[byte] = static_cast<std::uint32_t>(at);
-    while (at < sorted.size() && static_cast<unsigned char>(sorted[at].first[0]) == byte) ++at;
-  }
-  first[256] = static_cast<std::uint32_t>(at);
-}
-
-const std::pair<std::string, std::size_t>* AddedTokens::Patterns::longest(std::string_view text, std::size_t at) const {
-  const unsigned char byte = text[at];
-  auto begin = sorted.begin() + first[byte], end = sorted.begin() + first[byte + 1];
-  const std::pair<std::string, std::size_t>* found = nullptr;
-  // All patterns from `begin` to `end` have their first `size` bytes in common with the text.
-  for (std::size_t size = 1; begin != end; ++size) {
-    if (begin->first.size() == size) {
-      found = &*begin;
-      ++begin;
-    }
-    if (at + size == text.size()) break;
-    const auto byte_at = [size](const std::pair<std::string, std::size_t>& pattern) {
-      return static_cast<unsigned char>(pattern.first[size]);
-    };
-    const unsigned char next = text[at + size];
-    begin = std::lower_bound(begin, end, next, [&](const auto& a, unsigned char b) { return byte_at(a) < b; });
-    end = std::upper_bound(begin, end, next, [&](unsigned char a, const auto& b) { return a < byte_at(b); });
-  }
-  return found;
-}
-
 AddedTokens::AddedTokens(std::vector<AddedToken> tokens, bool split_special, Normalizer normalize)
     : tokens_(std::move(tokens)), split_special_(split_special), normalize_(std::move(normalize)) {
   for (const bool special : {true, false}) {  // the library's order
     for (std::size_t i = 0; i < tokens_.size(); ++i) {
       const AddedToken& token = tokens_[i];
       if (token.special != special) continue;
-      Patterns& patterns = token.normalized ? normalized_ : raw_;
-      std::string text = token.normalized && normalize_ ? normalize_(token.content) : token.content;
-      if (!text.empty()) patterns.sorted.emplace_back(std::move(text), i);
+      const std::uint32_t value = static_cast<std::uint32_t>(i);
+      if (!token.normalized) {
+        if (!token.content.empty()) raw_.add(token.content, value);
+        continue;
+      }
+      texts_.push_back(normalize_ ? normalize_(token.content) : token.content);
+      if (!texts_.back().empty()) normalized_.add(texts_.back(), value);
     }
   }
   raw_.build();
@@ -124,24 +93,25 @@ AddedTokens::AddedTokens(std::vector<AddedToken> tokens, bool split_special, Nor
 AddedTokens::AddedTokens(const Members& settings, Normalizer normalize)
     : AddedTokens(read(settings), settings.boolean("split_special_tokens", false), std::move(normalize)) {}
 
-std::vector<AddedTokens::Match> AddedTokens::find(const Patterns& patterns, std::string_view text) const {
+std::vector<AddedTokens::Match> AddedTokens::find(const PrefixIndex& patterns, std::string_view text) const {
   std::vector<Match> matches;
   std::size_t end_of_last = 0;
   for (std::size_t at = 0; at < text.size();) {
-    const auto* pattern = patterns.longest(text, at);
-    if (pattern == nullptr) {
+    std::uint32_t index = 0;
+    const std::size_t size = patterns.longest(text, at, index);
+    if (size == 0) {
       ++at;
       continue;
     }
-    std::size_t start = at, end = at + pattern->first.size();
+    std::size_t start = at, end = at + size;
     at = end;
-    const AddedToken& token = tokens_[pattern->second];
+    const AddedToken& token = tokens_[index];
     if (split_special_ && token.special) continue;
     if (token.single_word && (ends_with_word(text, start) || starts_with_word(text, end))) continue;
     // What the previous token has matched already is not matched again.
     if (token.lstrip) start = std::max(without_space_before(text, start), end_of_last);
     if (token.rstrip) end = without_space_after(text, end);
-    matches.push_back({pattern->second, start, end});
+    matches.push_back({index, start, end});
     end_of_last = end;
   }
   return matches;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "capi/common/json.h"
+#include "capi/tokenizer/prefix_index.h"
 #include "capi/tokenizer/vocabulary.h"
 
 namespace edgelm::capi {
@@ -39,25 +41,20 @@ class AddedTokens {
 
   // Parts without text are left out.
   std::vector<TextPart> split(std::string_view text) const;
+  AddedTokens(const AddedTokens&) = delete;
+  AddedTokens& operator=(const AddedTokens&) = delete;
   const std::vector<AddedToken>& tokens() const { return tokens_; }
 
  private:
-  // Strings to find, sorted, with the first one for each first byte.
-  struct Patterns {
-    std::vector<std::pair<std::string, std::size_t>> sorted;
-    std::uint32_t first[257] = {};
-    void build();
-    // The longest pattern that begins at `at`; nullptr where none does.
-    const std::pair<std::string, std::size_t>* longest(std::string_view text, std::size_t at) const;
-  };
   struct Match { std::size_t token, start, end; };
 
-  std::vector<Match> find(const Patterns& patterns, std::string_view text) const;
+  std::vector<Match> find(const PrefixIndex& patterns, std::string_view text) const;
 
   std::vector<AddedToken> tokens_;
   bool split_special_;
   Normalizer normalize_;
-  Patterns raw_, normalized_;
+  std::deque<std::string> texts_;  // of `normalized_`
+  PrefixIndex raw_, normalized_;
 };
 
 }  // namespace edgelm::capi

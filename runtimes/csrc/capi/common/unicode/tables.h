@@ -1,4 +1,4 @@
-// The tables of unicode_tables.inc.
+// The tables of tables.inc.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +35,7 @@ struct Decomposed {
 struct Composed { std::uint16_t first, second, composite; };
 struct ComposedWide { std::uint32_t first, second, composite; };
 
-#include "capi/common/unicode_tables.inc"
+#include "capi/common/unicode/tables.inc"
 
 template <class T, std::size_t N>
 constexpr std::size_t size_of(const T (&)[N]) {

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "capi/common/unicode.h"
-#include "capi/common/unicode_tables.h"
+#include "capi/common/unicode/tables.h"
 
 namespace edgelm::capi {
 

@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "capi/common/unicode.h"
-#include "capi/common/unicode_tables.h"
+#include "capi/common/unicode/tables.h"
 
 namespace edgelm::capi {
 
