@@ -19,6 +19,28 @@ set(EDGELM_PLANNING
 set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> $<TARGET_OBJECTS:edgelm_operators> $<TARGET_OBJECTS:edgelm_core>
                    ${EDGELM_PLANNING} ${EDGELM_TABLES})
 
+# cmake --install BUILD --component edgelm --prefix P [--strip]: the library, its headers, and what finds them from CMake
+# (find_package(edgelm), target edgelm::edgelm) and pkg-config. The installed folder can be moved.
+function(edgelm_install_library)
+  set(CMAKE_INSTALL_LIBDIR lib CACHE STRING "Folder of libraries in the prefix")  # lib64 or lib/TRIPLET otherwise
+  include(GNUInstallDirs)
+  include(CMakePackageConfigHelpers)
+  set(package ${CMAKE_INSTALL_LIBDIR}/cmake/edgelm)
+  target_include_directories(edgelm INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  install(TARGETS edgelm EXPORT edgelmTargets
+          LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT edgelm
+          ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT edgelm
+          RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT edgelm)
+  install(FILES capi/edgelm.h capi/edgelm.hpp DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/edgelm COMPONENT edgelm)
+  install(EXPORT edgelmTargets NAMESPACE edgelm:: DESTINATION ${package} COMPONENT edgelm)
+  write_basic_package_version_file(edgelmConfigVersion.cmake VERSION ${EDGELM_VERSION} COMPATIBILITY SameMajorVersion)
+  install(FILES cmake/edgelmConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/edgelmConfigVersion.cmake DESTINATION ${package}
+          COMPONENT edgelm)
+  file(RELATIVE_PATH EDGELM_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+  configure_file(cmake/edgelm.pc.in edgelm.pc @ONLY)
+  install(FILES ${CMAKE_CURRENT_BINARY_DIR}/edgelm.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT edgelm)
+endfunction()
+
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
   add_library(edgelm SHARED ${EDGELM_OBJECTS})
   set_target_properties(edgelm PROPERTIES LINKER_LANGUAGE CXX VERSION ${EDGELM_VERSION} SOVERSION ${EDGELM_ABI})
@@ -30,6 +52,7 @@ if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
                         -Wl,--version-script=${exports})
     set_target_properties(edgelm PROPERTIES LINK_DEPENDS ${exports})
   endif()
+  edgelm_install_library()
 endif()
 
 # Build tests/capi/*_test.cc. From an archive each takes only the parts that it needs.

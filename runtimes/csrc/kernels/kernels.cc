@@ -3,6 +3,8 @@
 // the linker would keep one copy of those, compiled for any one of the instruction sets.
 #include <cmath>
 
+#include "kernels/flat.h"
+
 #include EDGELM_SIMD
 #include "kernels/attention/attention_impl.h"
 #include "kernels/linear/linear_impl.h"

@@ -1,7 +1,7 @@
 // What a manifest may hold; as the dataclasses of edgelm/bundle.
 #pragma once
 
-#include "capi/common/schema.h"
+#include "capi/bundle/schema.h"
 
 namespace edgelm::capi {
 

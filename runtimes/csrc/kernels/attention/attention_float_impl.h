@@ -94,10 +94,10 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
   for (int64_t tile = 0; tile < tiles; tile += kSome) {
     const int64_t some = tiles - tile < kSome ? tiles - tile : kSome;
     const uint8_t* ahead = view.values_ahead + tile * 16 * dim * sizeof(T);
-    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) EDGELM_FLAT {
       const float* q = queries + (from + r) * width;
       float* s = u.scores + (from + r) * kKeyBlock + 16 * tile;
-      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) EDGELM_FLAT {
         FloatScores<T, kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(view.keys + tile + v, ahead, q, width, dim,
                                                                              s + 16 * v);
       });
@@ -108,13 +108,13 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
     float* s = u.scores + r * kKeyBlock;
     UpdateSum(u, r, Exponentials<false>(s, u.Seen(r, begin, count), u.tops[r], nullptr, nullptr));
   }
-  EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+  EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) EDGELM_FLAT {
     constexpr int kRows = decltype(rows)::kValue;
     // All rows see what the first row sees. Later tokens go row by row: masking by weight 0 fails if the value is NaN.
     const int64_t common = u.Seen(from + r, begin, count);
     const float* p = u.scores + (from + r) * kKeyBlock;
     float* acc = u.accumulators + (from + r) * width;
-    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) EDGELM_FLAT {
       FloatSums<T, kFew, kRows, decltype(vecs)::kValue>(p, common, view.values + 16 * v, view.stride,
                                                         view.keys_ahead + v * 16 * sizeof(T) * count, acc + 16 * v,
                                                         width);
@@ -122,7 +122,7 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
     for (int64_t one = 1; one < kRows; ++one) {
       const int64_t more = u.Seen(from + r + one, begin, count) - common;
       if (more == 0) continue;
-      EachTile<VectorsFor(1)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      EachTile<VectorsFor(1)>(width / 16, [&](auto vecs, int64_t v) EDGELM_FLAT {
         const T* later = view.values + common * view.stride + 16 * v;
         FloatSums<T, false, 1, decltype(vecs)::kValue>(p + one * kKeyBlock + common, more, later, view.stride, nullptr,
                                                        acc + one * width + 16 * v, width);

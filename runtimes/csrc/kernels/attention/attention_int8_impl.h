@@ -16,8 +16,7 @@ namespace {
 
 // c[r][v] += dot products of four codes with the four int8 at x + r * stride.
 template <int kRows, int kVec>
-inline __attribute__((always_inline)) void Dots(I32 (&c)[kRows][kVec], const B8 (&codes)[kVec], const int8_t* x,
-                                                int64_t stride) {
+inline EDGELM_FLAT void Dots(I32 (&c)[kRows][kVec], const B8 (&codes)[kVec], const int8_t* x, int64_t stride) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
@@ -40,7 +39,7 @@ __attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uin
       for (int chain = 1; chain < kChains; ++chain) c[chain][r][v] = SplatI(0);
     }
   }
-  const auto add = [&](I32(&to)[kRows][kVec], int64_t i) __attribute__((always_inline)) {
+  const auto add = [&](I32(&to)[kRows][kVec], int64_t i) EDGELM_FLAT {
     B8 codes[kVec];
 #pragma GCC unroll 8
     for (int v = 0; v < kVec; ++v) codes[v] = LoadB(tiles[v] + 64 * i);
@@ -232,10 +231,10 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   constexpr int64_t kSome = kFew ? 1 : 4;
   for (int64_t tile = 0; tile < tiles; tile += kSome) {
     const int64_t some = tiles - tile < kSome ? tiles - tile : kSome;
-    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) EDGELM_FLAT {
       constexpr int kRows = decltype(rows)::kValue;
       const int64_t row = from + r;
-      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) EDGELM_FLAT {
         Int8Scores<kFew, kRows, decltype(vecs)::kValue>(
             view.keys + tile + v, view.values_ahead + (tile + v) * 16 * (dim + 4), (dim + 3) / 4, queries + row * width,
             width, steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
@@ -256,9 +255,9 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
     UpdateSum(u, r, sum);
     code_rows = QuantWeights(u, code_rows, r, valid, padded, largest, valid > finite || !(sum == sum));
   }
-  EachTile<kQueryTile>(code_rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+  EachTile<kQueryTile>(code_rows, [&](auto rows, int64_t r) EDGELM_FLAT {
     constexpr int kRows = decltype(rows)::kValue;
-    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) EDGELM_FLAT {
       Int8Sums<kFew, kRows, decltype(vecs)::kValue>(u, r, count, 16 * v, view.values,
                                                     view.keys_ahead + v * 16 * padded);
     });

@@ -15,7 +15,7 @@ template <int kN> struct Count { static constexpr int kValue = kN; };
 
 // Call visit(Count<n>, r) for rows r .. r + n - 1, `kMost` at a time, then four, two, one.
 template <int kMost, typename Visit>
-inline __attribute__((always_inline)) void EachTile(int64_t rows, Visit visit) {
+inline EDGELM_FLAT void EachTile(int64_t rows, Visit visit) {
   int64_t r = 0;
   for (; r + kMost <= rows; r += kMost) visit(Count<kMost>(), r);
   if constexpr (kMost > 4) {

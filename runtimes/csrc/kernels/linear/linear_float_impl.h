@@ -42,10 +42,9 @@ inline Factors LoadFactors(const Matrix& m, const uint8_t* record, int64_t half)
 
 // VisitColumns for columns 4 kQ .. 4 kQ + 3 of a block of integer codes.
 template <Kind kKind, int kQ, typename Visit>
-inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const uint8_t* low, const Factors& f,
-                                                     Visit visit) {
+inline EDGELM_FLAT void VisitFour(const uint8_t* codes, const uint8_t* low, const Factors& f, Visit visit) {
   const B8 a = FourColumns<kKind, kQ>(codes, low, 0), b = FourColumns<kKind, kQ>(codes, low, 1);
-  const auto one = [&](int k, I32 left, I32 right) __attribute__((always_inline)) {
+  const auto one = [&](int k, I32 left, I32 right) EDGELM_FLAT {
     visit(4 * kQ + k, Mul(ToFloat(SubI(left, f.zero[0])), f.scale[0]),
           Mul(ToFloat(SubI(right, f.zero[1])), f.scale[1]));
   };
@@ -59,8 +58,7 @@ inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const
 // float32. Integer weights are exact: 8 bits times a float16's 11. For integers all 32 columns of the block are
 // visited, whatever `count` is.
 template <Kind kKind, typename Visit>
-inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t tile, int64_t column, int64_t count,
-                                                        Visit visit) {
+inline EDGELM_FLAT void VisitColumns(const Matrix& m, int64_t tile, int64_t column, int64_t count, Visit visit) {
   const int64_t g = column / m.span, within = column - g * m.span;
   const uint8_t* record = m.data + tile * m.tile_bytes + g * m.record_bytes;
   const uint8_t* codes = record + m.head_bytes;
@@ -79,7 +77,7 @@ inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t
     VisitFour<kKind, 7>(codes, low, f, visit);
   } else {
     const bool scaled = m.scale != ScaleKind::kNone;
-    const auto some = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    const auto some = [&](int64_t begin, int64_t end) EDGELM_FLAT {
 #pragma GCC unroll 4
       for (int64_t k = begin; k < end; ++k) {
         const F32 left = LoadFloats<kKind>(codes, (within + k) * kTile);
@@ -139,7 +137,7 @@ void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64
     for (int64_t column = 0; column < end; column += kBlock) {
       const int64_t count = end - column < kBlock ? end - column : kBlock;
       const float* block = x + column;
-      VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
+      VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) EDGELM_FLAT {
         const F32 xs = Splat(block[k]);
         left = Fma(xs, a, left);
         right = Fma(xs, b, right);
@@ -155,7 +153,7 @@ void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64
   alignas(64) float w[kBlock][kTile];
   for (int64_t column = start; column < m.columns; column += kBlock) {
     const int64_t count = m.columns - column < kBlock ? m.columns - column : kBlock;
-    VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
+    VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) EDGELM_FLAT {
       Store(w[k], a);
       Store(w[k] + 16, b);
     });

@@ -20,9 +20,8 @@ constexpr int kIntRows = kRowTile;
 
 // Add the dot products of columns 4 kQ .. 4 kQ + 3 of a block, for vectors [begin, end).
 template <Kind kKind, int kRows, int kVec, int kQ>
-inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const uint8_t* low, int half, int begin,
-                                                   int end, const int8_t* x, int64_t stride, I32 (&c)[kRows][kVec],
-                                                   I32 (&more)[kRows][kVec]) {
+inline EDGELM_FLAT void DotFour(const uint8_t* codes, const uint8_t* low, int half, int begin, int end, const int8_t* x,
+                                int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
 #pragma GCC unroll 2
   for (int v = begin; v < end; ++v) {
     const B8 four = FourColumns<kKind, kQ>(codes, low, half + v);
@@ -37,8 +36,8 @@ inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const u
 
 // Add the dot products of 16 columns of a block, the first or the second.
 template <Kind kKind, int kRows, int kVec, int kWhich>
-inline __attribute__((always_inline)) void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
-                                                   int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
+inline EDGELM_FLAT void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x, int64_t stride,
+                                I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
   DotFour<kKind, kRows, kVec, 4 * kWhich>(codes, low, half, 0, kVec, x, stride, c, more);
   DotFour<kKind, kRows, kVec, 4 * kWhich + 1>(codes, low, half, 0, kVec, x, stride, c, more);
   DotFour<kKind, kRows, kVec, 4 * kWhich + 2>(codes, low, half, 0, kVec, x, stride, c, more);
@@ -48,8 +47,8 @@ inline __attribute__((always_inline)) void DotHalf(const uint8_t* codes, const u
 // Add one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
 // `more` is a second set of sums; with a single row it shortens the dependency chains.
 template <Kind kKind, int kRows, int kVec>
-inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
-                                                    int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
+inline EDGELM_FLAT void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x, int64_t stride,
+                                 I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
   // Bytes that are used more than twice stay in registers, which have room for one vector at a time.
   constexpr int kStep = HasParts(kKind) ? 1 : kVec;
 #pragma GCC unroll 2

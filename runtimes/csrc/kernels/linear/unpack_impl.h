@@ -39,7 +39,7 @@ constexpr int64_t BlockCodeBytes(Kind kind) {
 
 // Load the codes of 16 rows, columns 4 kQ .. 4 kQ + 3 of the block at `codes`.
 template <Kind kKind, int kQ>
-inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const uint8_t* low, int half) {
+inline EDGELM_FLAT B8 FourColumns(const uint8_t* codes, const uint8_t* low, int half) {
   const int64_t at = 64 * half, nibble = 128 * (kQ / 2) + at;
   if constexpr (kKind == Kind::kInt8) {
     return LoadB(codes + 128 * kQ + at);

@@ -35,52 +35,60 @@ inline F32 Load(const float* p) {
   std::memcpy(r.v, p, 64);
   return r;
 }
-inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
+inline void Store(float* p, const F32& a) { std::memcpy(p, a.v, 64); }
 // Load or store the first n (0..16) lanes; the others are 0, or are not written.
 inline F32 LoadPart(const float* p, int64_t n) {
   F32 r = {};
   std::memcpy(r.v, p, 4 * n);
   return r;
 }
-inline void StorePart(float* p, F32 a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
+inline void StorePart(float* p, const F32& a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
 inline F32 Splat(float x) {
   F32 r;
   EDGELM_LANES r.v[l] = x;
   return r;
 }
-EDGELM_CALLED F32 Add(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] += b.v[l];
-  return a;
+EDGELM_CALLED F32 Add(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] + b.v[l];
+  return r;
 }
-EDGELM_CALLED F32 Sub(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] -= b.v[l];
-  return a;
+EDGELM_CALLED F32 Sub(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] - b.v[l];
+  return r;
 }
-EDGELM_CALLED F32 Mul(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] *= b.v[l];
-  return a;
+EDGELM_CALLED F32 Mul(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] * b.v[l];
+  return r;
 }
-EDGELM_CALLED F32 Div(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] /= b.v[l];
-  return a;
+EDGELM_CALLED F32 Div(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] / b.v[l];
+  return r;
 }
 // a * b + c, rounded once.
-EDGELM_CALLED F32 Fma(F32 a, F32 b, F32 c) {
-  EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]);
-  return c;
+EDGELM_CALLED F32 Fma(const F32& a, const F32& b, const F32& c) {
+  F32 r;
+  EDGELM_LANES r.v[l] = std::fma(a.v[l], b.v[l], c.v[l]);
+  return r;
 }
-EDGELM_CALLED F32 Abs(F32 a) {
-  EDGELM_LANES a.v[l] = std::fabs(a.v[l]);
-  return a;
+EDGELM_CALLED F32 Abs(const F32& a) {
+  F32 r;
+  EDGELM_LANES r.v[l] = std::fabs(a.v[l]);
+  return r;
 }
 // The larger / smaller; b if one is NaN. (This is x86's rule; the Arm version emulates it.)
-EDGELM_CALLED F32 Max(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l];
-  return a;
+EDGELM_CALLED F32 Max(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l];
+  return r;
 }
-EDGELM_CALLED F32 Min(F32 a, F32 b) {
-  EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l];
-  return a;
+EDGELM_CALLED F32 Min(const F32& a, const F32& b) {
+  F32 r;
+  EDGELM_LANES r.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l];
+  return r;
 }
 
 inline I32 SplatI(int32_t x) {
@@ -93,39 +101,43 @@ inline I32 LoadI(const int32_t* p) {
   std::memcpy(r.v, p, 64);
   return r;
 }
-EDGELM_CALLED I32 AddI(I32 a, I32 b) {
-  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l]));
-  return a;
+EDGELM_CALLED I32 AddI(const I32& a, const I32& b) {
+  I32 r;
+  EDGELM_LANES r.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l]));
+  return r;
 }
-EDGELM_CALLED I32 SubI(I32 a, I32 b) {
-  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l]));
-  return a;
+EDGELM_CALLED I32 SubI(const I32& a, const I32& b) {
+  I32 r;
+  EDGELM_LANES r.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l]));
+  return r;
 }
-EDGELM_CALLED I32 MulI(I32 a, I32 b) {
-  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l]));
-  return a;
+EDGELM_CALLED I32 MulI(const I32& a, const I32& b) {
+  I32 r;
+  EDGELM_LANES r.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l]));
+  return r;
 }
-template <int kBits> EDGELM_CALLED I32 ShiftLeftI(I32 a) {
-  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits);
-  return a;
+template <int kBits> EDGELM_CALLED I32 ShiftLeftI(const I32& a) {
+  I32 r;
+  EDGELM_LANES r.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits);
+  return r;
 }
-EDGELM_CALLED F32 ToFloat(I32 a) {
+EDGELM_CALLED F32 ToFloat(const I32& a) {
   F32 r;
   EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]);
   return r;
 }
 // To nearest, ties to even; |a| < 2^31 (the result is unspecified for anything else, NaN included).
-EDGELM_CALLED I32 Round(F32 a) {
+EDGELM_CALLED I32 Round(const F32& a) {
   I32 r;
   EDGELM_LANES r.v[l] = std::fabs(a.v[l]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(a.v[l])) : INT32_MIN;
   return r;
 }
-inline F32 AsFloat(I32 a) {
+inline F32 AsFloat(const I32& a) {
   F32 r;
   std::memcpy(r.v, a.v, 64);
   return r;
 }
-inline I32 AsInt(F32 a) {
+inline I32 AsInt(const F32& a) {
   I32 r;
   std::memcpy(r.v, a.v, 64);
   return r;
@@ -137,12 +149,12 @@ EDGELM_CALLED float Sum(F32 a) {
     for (int l = 0; l < step; ++l) a.v[l] += a.v[l + step];
   return a.v[0];
 }
-EDGELM_CALLED float Largest(F32 a) {  // no lane is NaN
+EDGELM_CALLED float Largest(const F32& a) {  // no lane is NaN
   float m = a.v[0];
   EDGELM_LANES m = a.v[l] > m ? a.v[l] : m;
   return m;
 }
-EDGELM_CALLED int32_t SumI(I32 a) {
+EDGELM_CALLED int32_t SumI(const I32& a) {
   uint32_t s = 0;
   EDGELM_LANES s += static_cast<uint32_t>(a.v[l]);
   return static_cast<int32_t>(s);
@@ -188,7 +200,7 @@ EDGELM_CALLED F32 LoadFp8(const uint8_t* p) {
   return r;
 }
 // Round to float16, to nearest, ties to even; infinity beyond its range.
-EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
+EDGELM_CALLED void StoreHalf(uint16_t* p, const F32& a) {
   EDGELM_LANES {
     uint32_t bits;
     std::memcpy(&bits, &a.v[l], 4);
@@ -212,7 +224,7 @@ EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
   }
 }
 // Store the lanes, which are within -128 .. 127, as bytes.
-EDGELM_CALLED void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
+EDGELM_CALLED void StoreBytes(int8_t* p, const I32& a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
 // Load 16 unsigned bytes as lanes.
 EDGELM_CALLED I32 LoadBytes(const uint8_t* p) {
   I32 r;
@@ -225,41 +237,47 @@ inline B8 LoadB(const uint8_t* p) {
   std::memcpy(r.v, p, 64);
   return r;
 }
-EDGELM_CALLED B8 LowNibbles(B8 a) {
-  for (auto& x : a.v) x &= 15;
-  return a;
+EDGELM_CALLED B8 LowNibbles(const B8& a) {
+  B8 r;
+  for (int i = 0; i < 64; ++i) r.v[i] = a.v[i] & 15;
+  return r;
 }
-EDGELM_CALLED B8 HighNibbles(B8 a) {
-  for (auto& x : a.v) x >>= 4;
-  return a;
+EDGELM_CALLED B8 HighNibbles(const B8& a) {
+  B8 r;
+  for (int i = 0; i < 64; ++i) r.v[i] = a.v[i] >> 4;
+  return r;
 }
 // high * 16 + low, both below 16.
-EDGELM_CALLED B8 JoinNibbles(B8 high, B8 low) {
-  for (int i = 0; i < 64; ++i) high.v[i] = static_cast<uint8_t>(high.v[i] << 4 | low.v[i]);
-  return high;
+EDGELM_CALLED B8 JoinNibbles(const B8& high, const B8& low) {
+  B8 r;
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(high.v[i] << 4 | low.v[i]);
+  return r;
 }
 // kLowBits bits of each byte of `low` from bit kLowAt on, and above them kHighBits of `high` from kHighAt on.
-template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8 JoinBits(B8 low, B8 high) {
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8 JoinBits(const B8& low,
+                                                                                          const B8& high) {
   constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = (1 << kHighBits) - 1;
+  B8 r;
   for (int i = 0; i < 64; ++i) {
-    low.v[i] = static_cast<uint8_t>((low.v[i] >> kLowAt & kLowMask) | (high.v[i] >> kHighAt & kHighMask) << kLowBits);
+    r.v[i] = static_cast<uint8_t>((low.v[i] >> kLowAt & kLowMask) | (high.v[i] >> kHighAt & kHighMask) << kLowBits);
   }
-  return low;
+  return r;
 }
 // Byte kIndex of each lane as a number.
-template <int kIndex> EDGELM_CALLED I32 ByteOfLane(B8 a) {
+template <int kIndex> EDGELM_CALLED I32 ByteOfLane(const B8& a) {
   I32 r;
   EDGELM_LANES r.v[l] = a.v[4 * l + kIndex];
   return r;
 }
 
 // acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 128.
-EDGELM_CALLED I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
-  EDGELM_LANES for (int j = 0; j < 4; ++j) acc.v[l] += codes.v[4 * l + j] * x[j];
-  return acc;
+EDGELM_CALLED I32 DotSmall(const I32& acc, const B8& codes, const int8_t* x) {
+  I32 r = acc;
+  EDGELM_LANES for (int j = 0; j < 4; ++j) r.v[l] += codes.v[4 * l + j] * x[j];
+  return r;
 }
 // The same for any codes.
-inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, codes, x); }
+inline I32 DotFull(const I32& acc, const B8& codes, const int8_t* x) { return DotSmall(acc, codes, x); }
 
 #undef EDGELM_LANES
 #undef EDGELM_CALLED

@@ -1,4 +1,4 @@
-#include "capi/common/schema.h"
+#include "capi/bundle/schema.h"
 
 #include <algorithm>
 
