@@ -17,7 +17,6 @@ _NORMALIZERS: Mapping[str, tuple[str, ...]] = {
     "Lowercase": (),
     "StripAccents": (),
     "Nmt": (),
-    "Precompiled": (),  # its table stays in tokenizer.json
     "Strip": ("strip_left", "strip_right"),
     "Prepend": ("prepend",),
     "Replace": ("pattern", "content"),
@@ -36,7 +35,7 @@ _PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
 }
 _MODEL_FIELDS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix")
 # Steps after which the first character of a text need not be the first of its original.
-_MOVES_THE_START = ("Strip", "StripAccents", "Nmt", "Precompiled")
+_MOVES_THE_START = ("Strip", "StripAccents", "Nmt")
 
 
 class UnsupportedError(Exception):
@@ -99,12 +98,14 @@ def check_order(normalizer: list[dict[str, Any]], pre_tokenizer: list[dict[str, 
     Raises:
         UnsupportedError: libedgelm does not have such a combination.
     """
-    if sum(step["type"] == "Precompiled" for step in normalizer) > 1:
-        raise UnsupportedError("its normalizer has several Precompiled steps")
     if not any(step.get("prepend_scheme") == "first" for step in pre_tokenizer):
         return
+    what = "its Metaspace prepends a space to the beginning of a text"
+    if pre_tokenizer[0].get("prepend_scheme") != "first":
+        raise UnsupportedError(f"{what}, but is not the first step of its pre_tokenizer")
     for step in normalizer:
-        if step["type"] in _MOVES_THE_START or (step["type"] == "Replace" and not step["content"]):
-            raise UnsupportedError(
-                f"its Metaspace prepends a space to the beginning of a text, which {step['type']} may remove"
-            )
+        pattern = step.get("pattern", {}).get("String", "")
+        if step["type"] in _MOVES_THE_START or (
+            step["type"] == "Replace" and not (len(pattern) == 1 and step["content"])
+        ):
+            raise UnsupportedError(f"{what}, which {step['type']} may remove")
