@@ -2,7 +2,7 @@
 # make test   lint, types, C++ tests (also for Arm, emulated), Python tests, and what can be tested of GPUs without one
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
-# make node   npm's onnxruntime-node, in build/node, for the tests of JavaScript; without Node they are skipped
+# make node   what the tests of JavaScript need of npm, in build/node (440 MB); without Node they are skipped
 # make docs   the site, in build/docs: a link that leads nowhere or a page that no index lists is an error
 # make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
 #             ONLY=files tries one area, or the files whose path has the word
@@ -88,7 +88,7 @@ test-engines: $(INSTALLED) $(HARNESS)
 
 install: $(INSTALLED)
 
-# Its binaries for the CPU are in the package; the install script would fetch those for CUDA.
+# onnxruntime-node's binaries for the CPU are in the package; its install script would fetch those for CUDA.
 node: $(if $(shell command -v npm),$(NODE))
 
 $(NODE): tests/node/package.json tests/node/package-lock.json

@@ -1,6 +1,6 @@
 """Do portable bundles run in Node with npm's onnxruntime-node, an older ONNX Runtime than Python's?
 
-The tests run examples/generate.js: prefill of the prompt, then one token per step with the KV cache.
+The tests run examples/node-portable/generate.js: prefill of the prompt, then one token per step with the KV cache.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def export(folder: Path, name: str, recipe: Recipe) -> Bundle:
 
 
 def generate(node: str, bundle: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [node, str(ROOT / "examples" / "generate.js"), str(bundle), *map(str, arguments)]
+    command = [node, str(ROOT / "examples" / "node-portable" / "generate.js"), str(bundle), *map(str, arguments)]
     environment = {**os.environ, "NODE_PATH": str(MODULES)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -119,8 +119,15 @@ def test_wrong_arguments_are_told(node: str, tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_lock_file_names_no_registry() -> None:
-    lock = json.loads((Path(__file__).parent / "package-lock.json").read_text())
+PACKAGES = [Path(__file__).parent, *(ROOT / "examples" / name for name in ("node-portable", "web"))]
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: folder.name)
+def test_lock_files_name_no_registry_and_agree(folder: Path) -> None:
+    wanted = json.loads((folder / "package.json").read_text())["dependencies"]
+    lock = json.loads((folder / "package-lock.json").read_text())
     packages = {name: entry for name, entry in lock["packages"].items() if name}
-    assert packages["node_modules/onnxruntime-node"]["version"] == VERSION
     assert all("integrity" in entry and "resolved" not in entry for entry in packages.values())
+    tested = json.loads((Path(__file__).parent / "package.json").read_text())["dependencies"]
+    for name, version in wanted.items():
+        assert packages[f"node_modules/{name}"]["version"] == version == tested[name]

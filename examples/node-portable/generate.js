@@ -1,7 +1,7 @@
 // Greedy generation with a portable bundle in Node, from a prompt of token ids.
 //
-//   npm install onnxruntime-node
-//   node generate.js BUNDLE 12,345,67 16        # prints {"tokens": [...], "logits": [[...], ...]}, logits of each step
+//   npm install
+//   node generate.js BUNDLE 12,345,67 16    # prints {"tokens": [...], "logits": [[...], ...]}, logits of each step
 //
 // Ids come from the bundle's tokenizer, here or elsewhere. The graph is the one of docs/reference/bundle.md, "Portable graph": past
 // keys and values go in, the longer ones come out, so each step computes one token.
