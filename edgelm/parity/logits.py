@@ -59,10 +59,13 @@ class LogitRecord:
 def logsumexp(logits: ArrayLike) -> Floats:
     """Return log sum exp over the last axis, [..., V] -> [...]."""
     values = np.asarray(logits)
-    peak = values.max(axis=-1, keepdims=True)
-    # Exponentials in the input's precision: a float64 copy of [N, 256000] logits costs much and adds little.
-    total = np.exp(values - peak).sum(axis=-1, dtype=np.float64)
-    return np.asarray(np.log(total) + peak[..., 0].astype(np.float64), dtype=np.float64)
+    rows = values.reshape(-1, values.shape[-1])
+    found = np.empty(len(rows))
+    # In float64, so that every implementation finds the same; row by row, since a copy of [N, 256000] logits is large.
+    for index, row in enumerate(rows):
+        peak = float(row.max())
+        found[index] = np.log(np.exp(row.astype(np.float64) - peak).sum()) + peak
+    return found.reshape(values.shape[:-1])
 
 
 def bucketed_kl(p_logits: ArrayLike, p_lse: ArrayLike, q_logits: ArrayLike, q_lse: ArrayLike) -> Floats:

@@ -39,12 +39,15 @@ def sign_matrix(width: int, seed: int = SKETCH_SEED) -> NDArray[np.float32]:
 def sketch(hidden: NDArray[np.float32], signs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the sketches [..., 64] of hidden states [..., D].
 
+    Sums are in float64, so that their order, which differs between libraries, does not show.
+
     Raises:
         ValueError: the last axis of `hidden` is not the projection's width.
     """
     if hidden.shape[-1] != signs.shape[0]:
         raise ValueError(f"hidden states of width {hidden.shape[-1]} against a projection of width {signs.shape[0]}")
-    return np.asarray(hidden, dtype=np.float32) @ signs
+    exact = np.asarray(hidden, dtype=np.float32).astype(np.float64) @ signs.astype(np.float64)
+    return exact.astype(np.float32)
 
 
 def probe_ids(vocab_size: int, count: int, seed: int = SKETCH_SEED) -> NDArray[np.int32]:

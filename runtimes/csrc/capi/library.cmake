@@ -6,10 +6,18 @@ string(REGEX REPLACE "^version = \"(.*)\"$" "\\1" EDGELM_VERSION "${EDGELM_VERSI
 file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/capi/edgelm.h EDGELM_ABI REGEX "^#define EDGELM_ABI_VERSION ")
 string(REGEX REPLACE "^#define EDGELM_ABI_VERSION " "" EDGELM_ABI "${EDGELM_ABI}")
 
+# The parity check's limits, which Python reads from the same file.
+set(limits ${CMAKE_CURRENT_SOURCE_DIR}/../../edgelm/parity/tables/limits.json)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${limits})
+file(READ ${limits} EDGELM_LIMITS)
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/limits_json.h @ONLY
+     CONTENT "inline constexpr char kLimitsJson[] = R\"json(@EDGELM_LIMITS@)json\";\n")
+
 file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi/*.cc
      ${CMAKE_CURRENT_SOURCE_DIR}/cuda/executor/*.cc)
 add_library(edgelm_capi OBJECT ${EDGELM_CAPI})
-target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
+target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_BINARY_DIR}  # limits_json.h
+                           ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
 target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_OPS_FLAGS} -ffunction-sections -fdata-sections)
 target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUILDS_LIBRARY EDGELM_VERSION="${EDGELM_VERSION}")
 

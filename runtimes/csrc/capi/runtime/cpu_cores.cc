@@ -11,6 +11,7 @@
 
 #if defined(__linux__)
 #include <sched.h>
+#include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -67,7 +68,8 @@ int physical_cores(const std::vector<int>& logical) {
   return int(cores.size());
 }
 
-// The folders of this process's control groups and of their parents.
+}  // namespace
+
 std::vector<std::string> own_cgroups() {
   const std::string root = "/sys/fs/cgroup";
   std::vector<std::string> folders = {root, root + "/cpu"};
@@ -88,6 +90,8 @@ std::vector<std::string> own_cgroups() {
   }
   return folders;
 }
+
+namespace {
 
 // The container's CPU quota in cores; infinity if there is no limit.
 double cgroup_quota() {
@@ -110,6 +114,12 @@ int logical_cores() { return int(allowed_logical().size()); }
 int physical_cores() { return physical_cores(allowed_logical()); }
 
 #else
+
+}  // namespace
+
+std::vector<std::string> own_cgroups() { return {}; }
+
+namespace {
 
 double cgroup_quota() { return INFINITY; }
 
@@ -135,6 +145,24 @@ int allowed_cores() {
   // Round down, but to 1 at least: with a quota of 2.5 cores, 2 threads are faster than 3 that are throttled.
   if (quota < cores) cores = std::max(1, int(quota));
   return std::max(1, cores);
+}
+
+int machine_logical_cores() {
+#if defined(__linux__)
+  return std::max(1, int(sysconf(_SC_NPROCESSORS_ONLN)));
+#else
+  return hardware_threads();
+#endif
+}
+
+int machine_physical_cores() {
+#if defined(__linux__)
+  std::vector<int> all(static_cast<size_t>(machine_logical_cores()));
+  for (size_t i = 0; i < all.size(); ++i) all[i] = int(i);
+  return physical_cores(all);
+#else
+  return physical_cores();
+#endif
 }
 
 std::string thread_problem(int threads) {
