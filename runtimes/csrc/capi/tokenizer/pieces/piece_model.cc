@@ -10,15 +10,23 @@ namespace edgelm::capi {
 namespace {
 
 constexpr std::uint64_t kMaxBytes = 64 << 20;  // Gemma's 256 000 pieces take 4 MB
-constexpr std::size_t kMaxPieces = 1 << 22;
+constexpr int kIdBits = 22;
+constexpr std::size_t kMaxPieces = (1 << kIdBits) - 1;
 constexpr std::size_t kMaxNameBytes = (1 << 24) - 1;
 // A file whose names are chosen to share a place would take quadratic time.
 constexpr std::size_t kMaxSteps = 10000;
 
-std::size_t hash_of(std::string_view text) {
+std::uint64_t hash_of(std::string_view text) {
   std::uint64_t hash = 0xcbf29ce484222325;
   for (const unsigned char byte : text) hash = (hash ^ byte) * 0x100000001b3;
-  return static_cast<std::size_t>(hash ^ hash >> 29);
+  return hash ^ hash >> 29;
+}
+
+// Bits of the hash that are kept beside an id, so that few names are compared.
+std::uint32_t tag_of(std::uint64_t hash) { return static_cast<std::uint32_t>(hash >> 40) << kIdBits; }
+
+bool is_name(std::uint32_t slot, std::uint32_t tag, std::string_view name, const PieceModel& model) {
+  return (slot & ~static_cast<std::uint32_t>(kMaxPieces)) == tag && model.name((slot & kMaxPieces) - 1) == name;
 }
 
 struct Damaged { std::string reason; };
@@ -87,20 +95,22 @@ NameTable::NameTable(std::size_t names) {
 }
 
 bool NameTable::insert(std::string_view name, std::uint32_t id, const PieceModel& model) {
-  const std::size_t mask = slots_.size() - 1;
-  std::size_t slot = hash_of(name) & mask;
+  const std::uint64_t hash = hash_of(name), mask = slots_.size() - 1;
+  const std::uint32_t tag = tag_of(hash);
+  std::size_t slot = hash & mask;
   for (std::size_t steps = 0; slots_[slot] != 0; slot = (slot + 1) & mask) {
-    if (model.name(slots_[slot] - 1) == name) return false;
+    if (is_name(slots_[slot], tag, name, model)) return false;
     if (++steps > kMaxSteps) throw Damaged{"its names are not those of a vocabulary"};
   }
-  slots_[slot] = id + 1;
+  slots_[slot] = tag | (id + 1);
   return true;
 }
 
 std::optional<std::uint32_t> NameTable::find(std::string_view name, const PieceModel& model) const {
-  const std::size_t mask = slots_.size() - 1;
-  for (std::size_t slot = hash_of(name) & mask; slots_[slot] != 0; slot = (slot + 1) & mask) {
-    if (model.name(slots_[slot] - 1) == name) return slots_[slot] - 1;
+  const std::uint64_t hash = hash_of(name), mask = slots_.size() - 1;
+  const std::uint32_t tag = tag_of(hash);
+  for (std::size_t slot = hash & mask; slots_[slot] != 0; slot = (slot + 1) & mask) {
+    if (is_name(slots_[slot], tag, name, model)) return (slots_[slot] & kMaxPieces) - 1;
   }
   return {};
 }

@@ -27,7 +27,7 @@ class NameTable {
   std::optional<std::uint32_t> find(std::string_view name, const class PieceModel& model) const;
 
  private:
-  std::vector<std::uint32_t> slots_;  // id + 1; 0: empty. A power of two, at most half full
+  std::vector<std::uint32_t> slots_;  // bits of the hash, and id + 1; 0: empty. A power of two, at most half full
 };
 
 class PieceModel {
