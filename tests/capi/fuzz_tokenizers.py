@@ -28,6 +28,7 @@ from edgelm.errors import TokenizerError
 from edgelm.synth.tokenizer import SAMPLE
 from edgelm.tokenization.tokenizer import Tokenizer
 
+MAX_SHOWN = 5  # kinds with more differences show no further ones
 PROGRAM = Path(__file__).parents[2] / "build/csrc/capi_tokenizer_test"
 # Ranges of the scripts that texts are drawn from.
 SCRIPTS = (
@@ -113,7 +114,17 @@ class Counts:
     texts: int = 0
     tokens: int = 0
     random_ids: int = 0
+    refused: int = 0  # texts, by both
     differences: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        """Add those of `other`."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def figures(self) -> dict[str, int]:
+        """Return the numbers."""
+        return {**vars(self), "differences": len(self.differences)}
 
 
 def _theirs(tokenizer: Tokenizer, text: str) -> list[int] | None:
@@ -136,6 +147,7 @@ def compare(process: TokenizerProcess, tokenizer: Tokenizer, texts: Iterable[str
         expected, found = _theirs(tokenizer, text), _ours(process, text)
         counts.texts += 1
         counts.tokens += len(expected or ())
+        counts.refused += expected is None
         if expected != found:
             counts.differences.append(f"{name}: ids of {text!a}: {found}, not {expected}")
         elif expected:
@@ -159,11 +171,11 @@ def fuzz(process: TokenizerProcess, folder: Path, tokenizer: Tokenizer, chooser:
     """Compare one tokenizer on `rounds` texts, and half as many sequences of ids."""
     counts = Counts()
     process.open(folder)
-    compare(process, tokenizer, (random_text(chooser) for _ in range(rounds)), counts, folder.name)
+    compare(process, tokenizer, (random_text(chooser) for _ in range(rounds)), counts, folder.parent.name)
     for _ in range(rounds // 2):
         ids = random_ids(chooser, tokenizer.vocab_size)
         counts.random_ids += len(ids)
-        compare_text(process, tokenizer, ids, counts, folder.name)
+        compare_text(process, tokenizer, ids, counts, folder.parent.name)
     return counts
 
 
@@ -193,25 +205,16 @@ def main() -> int:
             for kind, folder, tokenizer in opened:
                 counts = fuzz(process, folder, tokenizer, chooser, rounds=20)
                 total = totals.setdefault(kind, Counts())
-                total.texts += counts.texts
-                total.tokens += counts.tokens
-                total.random_ids += counts.random_ids
-                total.differences += counts.differences
-                for difference in counts.differences[: max(0, 5 - len(total.differences) + len(counts.differences))]:
-                    print(difference[:2000], flush=True)
+                if len(total.differences) < MAX_SHOWN:
+                    print("".join(f"{difference[:2000]}\n" for difference in counts.differences), end="", flush=True)
+                total.add(counts)
     for kind, total in totals.items():
-        print(
-            f"{kind}: {total.texts} texts, {total.tokens} tokens, {total.random_ids} random ids, "
-            f"{len(total.differences)} differences"
-        )
-    summary = {
-        "texts": sum(total.texts for total in totals.values()),
-        "tokens": sum(total.tokens for total in totals.values()),
-        "random_ids": sum(total.random_ids for total in totals.values()),
-        "differences": sum(len(total.differences) for total in totals.values()),
-    }
-    print(json.dumps(summary))
-    return int(summary["differences"] > 0)
+        print(f"{kind}: {total.figures()}")
+    result = Counts()
+    for total in totals.values():
+        result.add(total)
+    print(json.dumps(result.figures()))
+    return int(bool(result.differences))
 
 
 if __name__ == "__main__":

@@ -127,13 +127,23 @@ JSON: Mapping[str, Make] = {
     "qwen2": lambda folder: _byte_level(folder, _split(QWEN2), normalizers.NFC()),
     "o200k": lambda folder: _byte_level(folder, _split(O200K)),
     "deepseek": _deepseek,
+    "many_steps": lambda folder: _byte_level(
+        folder,
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits()],
+        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+    ),
+    "bert_steps": lambda folder: _byte_level(
+        folder, [pre_tokenizers.BertPreTokenizer()], normalizers.Sequence([normalizers.NFKD(), normalizers.Nmt()])
+    ),
     "unigram_json": _unigram_json,
 }
 
 
 def make(kind: str, way: str, root: Path) -> tuple[Path, Ours]:
     """Write a folder of a kind, with the added tokens of a way of `tokenizer_folders.WAYS`, and its description."""
-    folder = {**PIECES, **JSON}[kind](root / f"{kind}-{way}")
+    parent = root / f"{kind}-{way}"
+    parent.mkdir()
+    folder = {**PIECES, **JSON}[kind](parent / kind)
     config = folder / "config.json"
     values = json.loads(config.read_text()) if config.exists() else {}
     put(folder, "config.json", {"model_type": "llama", **values, "vocab_size": 5000})

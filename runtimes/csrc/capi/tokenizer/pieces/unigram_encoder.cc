@@ -33,20 +33,18 @@ class UnigramEncoder : public PieceEncoder {
     std::vector<Best> best(text.size() + 1);
     for (std::size_t at = 0; at < text.size();) {
       const float before = best[at].score;
-      const auto reach = [&](std::size_t size, std::uint32_t id, double score) {
+      const auto reach = [&](std::size_t size, std::uint32_t id, float score) {
         Best& target = best[at + size];
         if (target.start >= 0 && !(score > target.score)) return;
-        target = {id, static_cast<std::int64_t>(at), static_cast<float>(score)};
+        target = {id, static_cast<std::int64_t>(at), score};
       };
       const std::size_t size = character_size(text, at);
       bool has_character = false;
       index_.each(text, at, [&](std::size_t length, std::uint32_t id) {
-        // Float or double, as in the library, since a difference in the last bit may decide.
-        if (model_.kind(id) == PieceKind::kUserDefined) {
-          reach(length, id, (length * largest_ - 0.1) + before);
-        } else {
-          reach(length, id, static_cast<double>(model_.score(id)) + before);
-        }
+        // Rounded to floats as in the library, since the last bit may decide.
+        const bool user_defined = model_.kind(id) == PieceKind::kUserDefined;
+        const float score = user_defined ? static_cast<float>(length * largest_ - 0.1) : model_.score(id);
+        reach(length, id, score + before);
         has_character = has_character || length == size;
       });
       if (!has_character) reach(size, model_.unknown_id(), least_ - kUnknownPenalty + before);
