@@ -16,9 +16,6 @@
 namespace edgelm::capi {
 namespace {
 
-// A description has the tokens that are split off a text, but no vocabulary.
-constexpr std::uint64_t kMostDescription = 256 << 20;
-
 // What reading the tokenizer and the chat template gave. One of them may fail without the other.
 struct TextParts {
   std::shared_ptr<const Tokenizer> tokenizer;
@@ -30,9 +27,7 @@ struct TextParts {
 };
 
 void open_template(const Bundle& bundle, TextParts& parts) {
-  const std::string path = bundle.file("tokenizer.edgelm.json");
-  const Json json = Json::parse(read_file(path, kMostDescription, EDGELM_BUNDLE), path, EDGELM_BUNDLE);
-  const Members description(json, path, EDGELM_BUNDLE);
+  const Members description(parts.tokenizer->settings(), bundle.file("tokenizer.edgelm.json"), EDGELM_BUNDLE);
   parts.has_template = description.has("chat_template");
   if (!parts.has_template)
     fail(EDGELM_TEMPLATE, bundle.path(),
@@ -50,8 +45,9 @@ TextParts open_text(const Bundle& bundle) {
   try {
     parts.tokenizer = Tokenizer::open(bundle);
   } catch (const std::exception& error) {
-    parts.tokenizer_error = std::current_exception();
+    parts.tokenizer_error = parts.template_error = std::current_exception();
     parts.problem = error.what();
+    return parts;
   }
   try {
     open_template(bundle, parts);
