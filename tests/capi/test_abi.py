@@ -46,7 +46,7 @@ def test_does_a_program_use_every_function(compiler: str, language: tuple[str, s
         [program, fox, onnxruntime().decode(), tmp_path], capture_output=True, text=True, check=False, timeout=300
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout == "fox-tiny: 4 layers\nall functions work\n"
+    assert ran.stdout == "fox-tiny: 6 layers\nall functions work\n"
 
 
 def test_does_the_wrapper_for_cpp_compile_without_a_warning(tmp_path: Path) -> None:

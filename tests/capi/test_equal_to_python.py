@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ CASES = [
     ("fox", "portable", "float32"),
 ]
 CONVERSATION = [
-    {"role": "system", "content": 'Say "hello",\n\tthen \\ 日本 🙂'},
+    {"role": "user", "content": 'Say "hello",\n\tthen \\ 日本 🙂'},
+    {"role": "assistant", "content": "hello"},
     {"role": "user", "content": "def f(x):\n    return x"},
 ]
 SAMPLED: list[dict[str, Any]] = [
@@ -57,8 +59,9 @@ def test_are_logits_and_greedy_tokens_equal(
 
 
 def test_is_a_prompt_of_several_chunks_equal(fox: Path) -> None:
-    with Model(fox, threads=2) as model, edgelm.load(fox, threads=2, chat=False) as python:
-        ids = [(7 * i * i + 3) % 3000 for i in range(python.runtime.chunk + 70)]
+    with Model(fox, threads=2, chunk=64) as model, edgelm.load(fox, threads=2, chat=False) as python:
+        python.runtime.chunk = 64
+        ids = [(7 * i * i + 3) % 3000 for i in range(150)]
         assert np.array_equal(model.logits(ids), python_logits(python, ids, 1))
         assert model.generate(ids, max_tokens=8).tokens == python.generate(ids, max_tokens=8).tokens
 
@@ -99,8 +102,6 @@ def test_are_stop_strings_found_as_in_python(model: Model, python: edgelm.Langua
 
 
 def test_does_the_chat_answer_as_python_does(model: Model, python: edgelm.LanguageModel) -> None:
-    import json
-
     messages = json.dumps(CONVERSATION)
     assert model.info.has_chat_template == 1
     assert model.render_chat(messages) == python.render_chat(CONVERSATION)
