@@ -228,7 +228,7 @@ std::string Answer(std::unique_ptr<Tokenizer>& tokenizer, char kind, const std::
     return std::string(reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof(TokenId));
   }
   std::vector<TokenId> ids(data.size() / sizeof(TokenId));
-  std::memcpy(ids.data(), data.data(), ids.size() * sizeof(TokenId));
+  if (!ids.empty()) std::memcpy(ids.data(), data.data(), ids.size() * sizeof(TokenId));
   return tokenizer->decode(ids, kind == 's');
 }
 
