@@ -58,6 +58,19 @@ std::string Model(int type, const std::string& charsmap = "") {
   return pieces + Field(2, Number(3, type) + Number(35, 1)) + Field(3, charsmap.empty() ? "" : Field(2, charsmap));
 }
 
+// A precompiled_charsmap with one rule: "a" becomes `text`.
+std::string RuleForA(const std::string& text) {
+  std::uint32_t units[0x162] = {};
+  units[0] = 0x100 << 10;                             // children of the root are at 0x100 ^ byte
+  units[0x100 ^ 'a'] = 1 << 10 | 1 << 8 | 'a';        // a leaf, whose value is at its place ^ 1
+  units[0x100 ^ 'a' ^ 1] = 0x80000000;                // the first text
+  std::string result = {'\x88', '\x05', '\0', '\0'};  // bytes of the units
+  for (const std::uint32_t unit : units) {
+    for (int shift = 0; shift < 32; shift += 8) result += static_cast<char>(unit >> shift);
+  }
+  return result + text + '\0';
+}
+
 // ---- folders --------------------------------------------------------------------------------------------------------
 
 class Folder {
@@ -120,6 +133,18 @@ void TestTextBecomesPieces() {
   for (const TokenId id : ids) text += concat(id, " ");
   EXPECT(text == "1 3 9 2 3 9 271 10 14 244 188 166 ", "%s", text.c_str());
   EXPECT(tokenizer->decode(ids) == " abc abc<end> ab<tool>\u5b57", "%s", tokenizer->decode(ids).c_str());
+}
+
+void TestRulesReplaceCharactersWithinALimit() {
+  const Folder folder;
+  folder.Write("tokenizer.edgelm.json", Description("model"));
+  folder.Write("tokenizer.model", Model(2, RuleForA(" b  c")));
+  const auto tokenizer = Tokenizer::open(folder.path());
+  const std::string text = tokenizer->decode(tokenizer->encode("cac a"));
+  EXPECT(text == " c b  cc b  c", "'%s'", text.c_str());
+  folder.Write("tokenizer.model", Model(2, RuleForA(std::string(2 << 20, 'x'))));
+  EXPECT(Refusal(folder).find("make a text more than 64 times as long") != std::string::npos, "%s",
+         Refusal(folder).c_str());
 }
 
 void TestTheSpaceBeforeATextIsDroppedByTheRule() {
@@ -254,6 +279,7 @@ int Serve() {
 int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "--serve") == 0) return Serve();
   TestTextBecomesPieces();
+  TestRulesReplaceCharactersWithinALimit();
   TestTheSpaceBeforeATextIsDroppedByTheRule();
   TestADamagedModelIsRefusedOrUsedWithoutHarm();
   TestRefusalsNameTheFileAndTheReason();

@@ -29,6 +29,7 @@ class PieceNormalizer {
   // What replaces the text at `at`; `size` is how much of it.
   std::string_view next(std::string_view text, std::size_t at, std::size_t& size) const;
 
+  const std::string path_;
   const PieceModel& model_;
   const PrefixIndex& user_defined_;
   Charsmap charsmap_;
