@@ -163,6 +163,12 @@ void TestOptionsAreChecked() {
   ExpectRefusal([] { Untouched(std::uint64_t(1) << 62); }, EDGELM_RUNTIME, "not enough memory");
 }
 
+void TestCachesAreZerosThatTakeNoMemory() {
+  const Untouched cache(std::uint64_t(1) << 34);  // most machines have less
+  EXPECT(cache.data()[0] == 0 && cache.data()[cache.bytes() - 1] == 0, "zeros");
+  cache.data()[cache.bytes() / 2] = 1;
+}
+
 void TestTheLibraryIsLookedForWhereItIsNamed() {
   ExpectRefusal([] { open_onnxruntime("/none/lib.so"); }, EDGELM_UNAVAILABLE, "/none/lib.so: the file does not exist");
   ExpectRefusal([] { open_onnxruntime("pyproject.toml"); }, EDGELM_UNAVAILABLE, "cannot be opened");
@@ -183,6 +189,7 @@ int main() {
   TestGreedyChoosesTheFirstOfEqualLogits();
   TestRowsOfCachesOfAnyCapacity();
   TestOptionsAreChecked();
+  TestCachesAreZerosThatTakeNoMemory();
   TestTheLibraryIsLookedForWhereItIsNamed();
   return edgelm_test::Finish();
 }
