@@ -1,10 +1,12 @@
 """How long do libedgelm and Python take from the start of a process to the first token, and how much memory?
 
     python tests/bench/capi_start.py BUNDLE [--library build/csrc] [--onnxruntime PATH] [--repeat 9] [--tokens 64]
+        [--realtime]
 
 Each repetition starts a C program and a Python process, in turn; the first one alternates. Both tokenise the same
 prompt and decode greedily. The weights are in the page cache: a run of each comes first, whose tokens must be equal.
 Prints medians and the range of the repetitions, and one JSON line last. Nothing else may run: the load is printed.
+With --realtime (as root) other programs have to wait for those that are measured.
 
 Rows:
     main     from `main`, for Python from the first line of the script, to the first token
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--realtime", action="store_true", help="run under chrt -f")
     given = parser.parse_args()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +121,8 @@ def main() -> None:
             "c": [str(program), *more],
             "python": [sys.executable, __file__, "--worker", given.bundle, str(given.tokens), given.prompt],
         }
+        if given.realtime:
+            commands = {name: ["chrt", "-f", "20", *command] for name, command in commands.items()}
         first = {name: timed(command) for name, command in commands.items()}
         if first["c"]["tokens"] != first["python"]["tokens"]:
             raise SystemExit(f"the tokens differ: {first['c']['tokens']} and {first['python']['tokens']}")
@@ -130,7 +135,8 @@ def main() -> None:
     print(
         f"{given.bundle}: {first['c']['prompt']} tokens of prompt, {len(first['c']['tokens'])} equal tokens generated"
     )
-    print(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after; {given.repeat} repetitions")
+    way = ", real-time" if given.realtime else ""
+    print(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after; {given.repeat} repetitions{way}")
     table = {}
     for row in rows["c"]:
         cells = {
