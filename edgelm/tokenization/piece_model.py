@@ -17,7 +17,7 @@ from edgelm.json_dataclass import ErrorFactory, read_bytes
 from edgelm.tokenization.added_tokens import MAX_IDS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
-BPE = 2  # of the trainer's model types
+UNIGRAM, BPE = 1, 2  # of the trainer's model types
 MAX_BYTES = 64 << 20  # Gemma's 256 000 pieces take 4 MB
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _MODEL_TYPE = 3  # field of the trainer

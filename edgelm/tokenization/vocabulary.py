@@ -13,7 +13,7 @@ from typing import Any
 from edgelm.errors import TokenizerError
 from edgelm.tokenization import described_steps, tokenizer_json
 from edgelm.tokenization.added_tokens import AddedToken, Declared, json_tokens
-from edgelm.tokenization.piece_model import BPE, BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_piece_model
+from edgelm.tokenization.piece_model import BPE, BYTE, CONTROL, UNIGRAM, UNKNOWN, USER_DEFINED, read_piece_model
 from edgelm.tokenization.tokenizer_json import SPACE, call_library
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -470,6 +470,10 @@ class PieceVocabulary(Vocabulary):
 
     def describe(self) -> dict[str, Any]:
         """See `Vocabulary`."""
+        if self._pieces.model_type not in (UNIGRAM, BPE):
+            raise described_steps.UnsupportedError(
+                "it is a model of words or characters; libedgelm has BPE and Unigram"
+            )
         return {
             "kind": "pieces",
             "rules": "merges" if self._kind else "model",

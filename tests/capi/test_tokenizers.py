@@ -28,7 +28,7 @@ def process() -> Iterator[TokenizerProcess]:
         yield running
 
 
-@pytest.mark.parametrize(("kind", "way"), CASES, ids="-".join)
+@pytest.mark.parametrize(("kind", "way"), CASES, ids=["-".join(case) for case in CASES])
 def test_ids_and_texts_equal_those_of_python(kind: str, way: str, process: TokenizerProcess, tmp_path: Path) -> None:
     folder, ours = make(kind, way, tmp_path)
     process.open(folder)

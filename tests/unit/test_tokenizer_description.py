@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizer_folders import example, gemma_json, llama, llama_json, plain_byte_level, put
+from tokenizer_folders import example, gemma_json, llama, llama_json, plain_byte_level, put, trained_pieces
 
 from edgelm.tokenization import description
 from edgelm.tokenization.tokenizer import Tokenizer
@@ -87,3 +87,8 @@ def test_a_space_before_a_text_that_may_lose_its_beginning_is_refused(tmp_path: 
     data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
     put(folder, "tokenizer.json", data)
     assert "which Strip may remove" in described(folder)["unsupported"]
+
+
+def test_a_model_of_characters_is_refused(tmp_path: Path) -> None:
+    folder = trained_pieces(tmp_path / "pieces", model_type="char", byte_fallback=False, hard_vocab_limit=False)
+    assert "words or characters" in described(folder)["unsupported"]
