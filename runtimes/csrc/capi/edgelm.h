@@ -38,7 +38,7 @@ extern "C" {
 
 #define EDGELM_ABI_VERSION 1
 
-/* edgelm_open_options options = EDGELM_INIT(edgelm_open_options); */
+/* A struct with its size, and 0 for all else: `edgelm_open_options options = EDGELM_INIT(edgelm_open_options);` */
 #ifdef __cplusplus
 #define EDGELM_INIT(type) edgelm_initial<type>()
 #else
@@ -84,7 +84,7 @@ typedef struct edgelm_open_options {
   int32_t threads;         /* 0: the physical cores that this process may use */
   int32_t context_length;  /* positions of the KV cache; 0: the model's limit, at most 4096 */
   int32_t chunk;           /* tokens of a prefill step; 0: 512, on a GPU 2048 */
-  const char* kv;          /* type of the KV cache: float32, float16, bfloat16, fp8, int8, int4; NULL: the bundle's */
+  const char* kv;          /* type of the KV cache: float32, float16, bfloat16, fp8, int8; NULL: the bundle's */
 } edgelm_open_options;
 
 /* Load a bundle. `path` is the folder that `edgelm export -o` wrote, terminated by 0. `options` may be NULL. */

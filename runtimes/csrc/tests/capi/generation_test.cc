@@ -18,7 +18,7 @@ namespace {
 using namespace edgelm::capi;
 using Ids = std::vector<std::int32_t>;
 
-// Its cache is 8 bytes a token; the logits are a hash of the cached bytes.
+// Its cache has 8 bytes per token; the logits are a hash of the cached bytes.
 class HashRuntime : public Runtime {
  public:
   explicit HashRuntime(std::int64_t context = 64) : cache(std::size_t(context)), row_(50) {
