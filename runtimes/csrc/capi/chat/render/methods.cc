@@ -47,8 +47,9 @@ Value strip(const Value& self, Arguments& given, const char* name, bool left, bo
 
 Value split_at_spaces(string_view text, std::int64_t most, bool from_right) {
   std::vector<string_view> parts;
-  text = stripped(text);
-  while (!text.empty()) {
+  for (;;) {
+    text = stripped(text, !from_right, from_right);
+    if (text.empty()) break;
     if (most >= 0 && static_cast<std::int64_t>(parts.size()) >= most) {
       parts.push_back(text);
       break;
@@ -60,7 +61,7 @@ Value split_at_spaces(string_view text, std::int64_t most, bool from_right) {
       at = next;
     }
     parts.push_back(from_right ? text.substr(at) : text.substr(0, at));
-    text = from_right ? stripped(text.substr(0, at), false, true) : stripped(text.substr(at), true, false);
+    text = from_right ? text.substr(0, at) : text.substr(at);
   }
   if (from_right) std::reverse(parts.begin(), parts.end());
   return list_of_parts(parts);

@@ -141,7 +141,8 @@ class Lexer {
       line_starting_ = source_[end - 1] == '\n';
       return true;
     }
-    invalid("Missing end of raw directive");
+    if (at_ < source_.size()) invalid("Missing end of raw directive");
+    return true;
   }
 
   void comment(std::size_t begin) {
@@ -152,7 +153,8 @@ class Lexer {
       line_starting_ = source_[at_ - 1] == '\n';
       return;
     }
-    invalid("Missing end of comment tag");
+    advance(begin);
+    if (at_ < source_.size()) invalid("Missing end of comment tag");
   }
 
   void inside(bool block) {
