@@ -1,6 +1,6 @@
 """Small templates, each with a part of Jinja or of Python's values that chat templates use."""
 
-# ruff: noqa: E501, RUF001 - lines and characters of templates are what they are
+# ruff: noqa: E501 - lines and characters of templates are what they are
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ ERRORS = [
     "{{ 'a'.upper(1) }}", "{{ 'x'.join([1]) }}", "{{ range(10 ** 6) }}", "{{ range() }}", "{{ 'a' % 1 }}", "{{ '%d' % 'x' }}", "{{ '%q' % 1 }}", "{{ '{}'.format() }}", "{{ '{:d}'.format('x') }}", "{{ undefined | tojson }}",
     "{{ range(2) | tojson }}", "{{ [1, 'a'] | sort }}", "{{ 1 | nosuch if yes }}", "{% if yes %}{{ 1 | nosuch }}{% endif %}", "{{ 1 is odd(2) }}", "{{ xs | map | list }}", "{{ xs | map('nosuch') | list }}", "{{ xs | select('nosuch') | list }}",
     "{% macro f(a) %}{% endmacro %}{{ f(1, 2) }}", "{% macro f(a) %}{% endmacro %}{{ f(b=2) }}", "{{ loop.index }}", "{{ caller() }}", "{{ 'x'() }}", "{{ xs | first(1) }}", "{{ dict(1) }}", "{{ dict([1]) }}", "{{ 1 in 2 }}", "{{ 1 in 'a' }}",
-    "{{ -'a' }}", "{{ -undefined }}", "{{ undefined < 1 }}", "{{ xs[undefined] + 1 }}", "{{ xs['x':] }}", "{{ xs[::0] }}", "{{ 'a' | round }}", "{{ 2.5 | round(1, 'up') }}", "{{ 'x' | truncate(1) }}", "{{ d | dictsort(by='x') }}", "{{ cycler() }}",
+    "{% filter length %}x{% endfilter %}", "{{ -'a' }}", "{{ -undefined }}", "{{ undefined < 1 }}", "{{ xs[undefined] + 1 }}", "{{ xs['x':] }}", "{{ xs[::0] }}", "{{ 'a' | round }}", "{{ 2.5 | round(1, 'up') }}", "{{ 'x' | truncate(1) }}", "{{ d | dictsort(by='x') }}", "{{ cycler() }}",
     # Not valid, which is found when the template is opened.
     "{% for %}", "{{ x", "{% unknown %}", "{{ 1 | nosuch }}", "{% if a %}", "{{ a b }}", "{{ 1 is nosuch }}", "{% endif %}", "{{ }}", "{% set %}", "{{ ) }}", "{{ (] }}", "{# x", "{% raw %} ", "{{ 'x }}", "{% break %}", "{% set 1 = 2 %}", "{{ ! }}",
     "{% for loop in xs %}{{ loop }}{% endfor %}", "{% macro f(a=1, b) %}{% endmacro %}", "{% block a %}{% endblock %}{% block a %}{% endblock %}", "{{ f(a=1, 2) }}", "{% for x in xs %}{% macro m() %}{% break %}{% endmacro %}{% endfor %}", "{% call 1 %}{% endcall %}", "{{ '\\x4' }}", "{{ a.'b' }}", "{% else %}",

@@ -177,7 +177,9 @@ def contents() -> dict[str, Any]:
             {"source": source, **python.outcome(source, messages, True, variables)} for source in FEATURES.FEATURES
         ],
         "left_out": [{"source": source, "named": named} for source, named in FEATURES.LEFT_OUT.items()],
-        "parts": [{"source": source, "messages": parts, **python.outcome(source, parts, True, {})} for source in READERS],
+        "parts": [
+            {"source": source, "messages": parts, **python.outcome(source, parts, True, {})} for source in READERS
+        ],
         "malformed": malformed,
     }
 

@@ -103,6 +103,11 @@ void Interpreter::write(std::string_view text) {
   out_->add(text);
 }
 
+void Interpreter::write_string(const Value& value) {
+  if (!value.is_string()) raise_error("TypeError", "expected str instance, ", type_name(value), " found");
+  write(value.string());
+}
+
 template <class Body>
 std::string Interpreter::captured(const Body& body) {
   Writer text;
@@ -265,13 +270,13 @@ Interpreter::Flow Interpreter::filter_block(const Node& node, const ScopePtr& sc
   const ScopePtr inner = std::make_shared<Scope>(scope);
   Flow flow = Flow::kNext;
   const Value text(captured([&] { flow = execute(node.body, inner); }));
-  if (flow == Flow::kNext) write(text_of_value(filter(*node.children[0], inner, &text)));
+  if (flow == Flow::kNext) write_string(filter(*node.children[0], inner, &text));
   return flow;
 }
 
 void Interpreter::call_with_body(const Node& node, const ScopePtr& scope) {
   const Value caller = make_macro(node, scope);
-  write(text_of_value(call_node(*node.children[0], scope, &caller)));
+  write_string(call_node(*node.children[0], scope, &caller));
 }
 
 Value Interpreter::make_macro(const Node& node, const ScopePtr& scope) {

@@ -85,6 +85,7 @@ class Interpreter {
   void collect(const ArgumentNodes& nodes, const ScopePtr& scope, Arguments& arguments);
 
   void write(std::string_view text);
+  void write_string(const Value& value);  // what a block returned; jinja2 fails if that is no string
   // Runs `body` with its output in a text of its own.
   template <class Body>
   std::string captured(const Body& body);

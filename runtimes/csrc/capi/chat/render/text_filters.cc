@@ -166,9 +166,10 @@ Value round(Arguments& given) {
     if (digits.is(Type::kNone)) unsupported("the filter round with the precision none");
     return rounded(value, digits);
   }
+  if (value.is_undefined()) value.as<Undefined>()->fail();
+  if (!value.is_number()) raise_error("TypeError", "must be real number, not ", type_name(value));
   const Value unit = calculate(Operator::kPower, Value(10), digits);
   const Value large = calculate(Operator::kMultiply, value, unit);
-  if (!large.is_number()) raise_error("TypeError", "must be real number, not ", type_name(large));
   const double real = large.real();
   if (!std::isfinite(real)) raise_error("OverflowError", "cannot convert float infinity or NaN to integer");
   if (large.is(Type::kFloat) && std::fabs(real) >= 9.2e18) unsupported("integers beyond 64 bits");
