@@ -22,6 +22,13 @@ def compiled(compiler: str, *arguments: str) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def output(program: Path, bundle: Path, folder: Path) -> str:
+    command = [program, bundle, onnxruntime().decode(), folder]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
 def test_does_the_library_export_the_functions_of_the_header_and_nothing_else() -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True).stdout
     exported = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
@@ -42,19 +49,15 @@ def test_does_a_program_use_every_function(compiler: str, language: tuple[str, s
     kind, standard = language
     compiled(compiler, standard, "-x", kind, str(source), "-x", "none", str(LIBRARY), "-o", str(program),
              f"-Wl,-rpath,{LIBRARY.parent}")  # fmt: skip
-    ran = subprocess.run(
-        [program, fox, onnxruntime().decode(), tmp_path], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout == "fox-tiny: 6 layers\nall functions work\n"
+    assert output(program, fox, tmp_path) == "fox-tiny: 6 layers\nall functions work\n"
 
 
-def test_does_the_wrapper_for_cpp_compile_without_a_warning(tmp_path: Path) -> None:
-    source, program = tmp_path / "wrapper.cc", tmp_path / "wrapper"
-    include = '#include "edgelm.hpp"\n'
-    source.write_text(f"{include}{include}int main() {{ return edgelm::abi_version() != 1; }}\n")
-    for standard in ("-std=c++17", "-std=c++20"):
-        compiled("c++", standard, "-Wshadow", "-Wconversion", str(source), str(LIBRARY), "-o", str(program))
+@pytest.mark.parametrize("standard", ["-std=c++17", "-std=c++20"])
+def test_does_a_program_use_every_method_of_the_wrapper(standard: str, fox: Path, tmp_path: Path) -> None:
+    source, program = Path(__file__).with_name("every_method.cc"), tmp_path / "program"
+    compiled("c++", standard, "-Wshadow", "-Wconversion", "-Wno-sign-conversion", str(source), str(LIBRARY),
+             "-o", str(program), f"-Wl,-rpath,{LIBRARY.parent}")  # fmt: skip
+    assert output(program, fox, tmp_path) == "all methods work\n"
 
 
 def test_are_the_structs_of_these_tests_those_of_the_header(tmp_path: Path) -> None:
