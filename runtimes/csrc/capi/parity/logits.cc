@@ -268,17 +268,4 @@ FloatLoss float_loss(const ParityPack& pack, const LogitValues& device, const st
   return loss;
 }
 
-Check float_kl(const FloatLoss& loss, double max_kl) {
-  const std::string title = "KL(float reference || device), mean, nats, as --max-kl asks";
-  if (!loss.known) {
-    Check check = {"float_kl", title, false,
-                   "not known: the checkpoint was quantised already and the export had no --reference, which --max-kl "
-                   "needs"};
-    check.limit = max_kl;
-    return check;
-  }
-  return at_most("float_kl", title, loss.kl, max_kl,
-                 "the recipe by itself, by the references: " + general(loss.kl_reference, 3));
-}
-
 }  // namespace edgelm::capi

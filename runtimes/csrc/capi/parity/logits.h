@@ -63,7 +63,5 @@ std::vector<GreedyResult> greedy_results(const ParityPack& pack, const LogitValu
 std::vector<Check> logit_checks(const ParityPack& pack, const LogitRecord& device, const Limits& limits);
 std::vector<Check> greedy_checks(const ParityPack& pack, const LogitRecord& device, const Limits& limits);
 FloatLoss float_loss(const ParityPack& pack, const LogitValues& device, const std::string& kind);
-// The check of `max_kl`.
-Check float_kl(const FloatLoss& loss, double max_kl);
 
 }  // namespace edgelm::capi
