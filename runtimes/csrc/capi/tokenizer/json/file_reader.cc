@@ -188,15 +188,17 @@ void FileReader::skip(int depth) {
 }
 
 void FileReader::model() {
-  std::size_t merges_at = 0;
-  bool has_vocabulary = false;
+  std::size_t merges_at = 0;  // of merges that are before the vocabulary
+  bool has_vocabulary = false, has_merges = false;
   members([&](const std::string& key) {
     if (key == "vocab") {
       if (has_vocabulary) refuse("it has two vocabularies");
       has_vocabulary = true;
       vocabulary();
-    } else if (key == "merges") {
-      if (merges_at != 0) refuse("it has two lists of merges");
+    } else if (key == "merges" && peek() == '[') {
+      if (has_merges) refuse("it has two lists of merges");
+      has_merges = true;
+      if (has_vocabulary) return merges();
       merges_at = at_;
       skip(0);
     } else {
@@ -207,7 +209,7 @@ void FileReader::model() {
   if (merges_at == 0) return;
   const std::size_t end = at_;
   at_ = merges_at;
-  if (peek() == '[') merges();
+  merges();
   at_ = end;
 }
 
