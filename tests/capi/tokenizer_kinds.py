@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from edgelm.synth.tokenizer import SAMPLE
 from edgelm.tokenization import description
+from edgelm.tokenization.piece_model import NORMAL, UNUSED, read_piece_model
 from edgelm.tokenization.tokenizer import Tokenizer as Ours
 
 Make = Callable[[Path], Path]
@@ -91,6 +92,25 @@ def _pieces(**options: Any) -> Make:
     return lambda folder: trained_pieces(folder, **options)
 
 
+def _unused(**options: Any) -> Make:
+    """A model in which every fifth piece is unused: it is merged, and then split again."""
+
+    def make(folder: Path) -> Path:
+        file = trained_pieces(folder, **options) / "tokenizer.model"
+        model = read_piece_model(file)
+        assert model.score_at is not None
+        data = b""
+        for i, (start, kind) in enumerate(zip(model.score_at, model.kinds, strict=True)):
+            name = model.name(i).encode()
+            kind = UNUSED if kind == NORMAL and i % 5 == 0 else kind
+            body = bytes((10, len(name))) + name + b"\x15" + model.data[start : start + 4] + bytes((24, kind))
+            data += bytes((10, len(body))) + body
+        file.write_bytes(data + model.data[model.pieces_end :])
+        return folder
+
+    return make
+
+
 PIECES: Mapping[str, Make] = {
     **{kind: oracle.KINDS[kind] for kind in oracle.KINDS if "model" in kind},
     "gemma": tokenizer_folders.gemma,
@@ -105,6 +125,8 @@ PIECES: Mapping[str, Make] = {
     "bpe_suffix": _pieces(treat_whitespace_as_suffix=True),
     "bpe_nfkc_cf": _pieces(normalization_rule_name="nfkc_cf"),
     "unigram": _pieces(model_type="unigram", hard_vocab_limit=False),
+    "bpe_unused": _unused(),
+    "unigram_unused": _unused(model_type="unigram", hard_vocab_limit=False, byte_fallback=False),
     "unigram_unknown": _pieces(model_type="unigram", hard_vocab_limit=False, byte_fallback=False),
     "unigram_user_defined": _pieces(
         model_type="unigram", hard_vocab_limit=False, user_defined_symbols=["people", "word", "🎉", "aa", "a"]

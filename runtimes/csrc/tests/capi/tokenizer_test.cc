@@ -132,6 +132,8 @@ void TestTextBecomesPieces() {
   std::string text;
   for (const TokenId id : ids) text += concat(id, " ");
   EXPECT(text == "1 3 9 2 3 9 271 10 14 244 188 166 ", "%s", text.c_str());
+  // "abab" is merged first, but unused.
+  EXPECT(tokenizer->encode("abab", false) == std::vector<TokenId>({3, 7, 7}), "unused pieces are split again");
   EXPECT(tokenizer->decode(ids) == " abc abc<end> ab<tool>\u5b57", "%s", tokenizer->decode(ids).c_str());
 }
 

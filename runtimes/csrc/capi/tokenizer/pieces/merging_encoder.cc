@@ -99,8 +99,10 @@ void MergingEncoder::append(const Work& work, std::string_view part, std::vector
     todo.pop_back();
     const std::uint32_t id = model_.id_of(part);
     const auto found = is_unused(id) ? work.parts.find(part) : work.parts.end();
-    if (found == work.parts.end()) {
+    if (!is_unused(id)) {
       result.push_back({part, id});
+    } else if (found == work.parts.end()) {
+      result.push_back({part, model_.unknown_id()});  // a single character
     } else {
       todo.push_back(part.substr(found->second));
       todo.push_back(part.substr(0, found->second));
