@@ -1,12 +1,14 @@
 // Tests files, hashes and UTF-8.
 #include "capi/common/files.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "capi/common/sha256_blocks.h"
 #include "capi/common/unicode.h"
 #include "check.h"
 
@@ -111,6 +113,18 @@ std::string streamed(std::string_view bytes) {
   return text + stream.flush();
 }
 
+void TestTheCpusInstructionsHashAsScalarCodeDoes() {
+  unsigned char data[64 * 9];
+  for (std::size_t i = 0; i < sizeof(data); ++i) data[i] = static_cast<unsigned char>(i * 37 + i / 64);
+  for (std::size_t count = 0; count <= 9; ++count) {
+    std::uint32_t fast[8], scalar[8];
+    for (std::uint32_t i = 0; i < 8; ++i) fast[i] = scalar[i] = 0x9e3779b9u * (i + 1);
+    sha256_blocks(fast, data, count);
+    sha256_blocks_scalar(scalar, data, count);
+    EXPECT(std::equal(fast, fast + 8, scalar), "%zu blocks", count);
+  }
+}
+
 void TestInvalidUtf8BecomesReplacementCharacters() {
   const std::string r = "\xef\xbf\xbd";
   const std::pair<std::string, std::string> cases[] = {
@@ -149,6 +163,7 @@ int main() {
   TestAFileIsReplacedWholeOrNotAtAll();
   TestWhatIsNoReadableFileIsRefused();
   TestHashesAreTheStandardOnes();
+  TestTheCpusInstructionsHashAsScalarCodeDoes();
   TestInvalidUtf8BecomesReplacementCharacters();
   TestCharactersAreTheSameThereAndBack();
   return edgelm_test::Finish();

@@ -1,6 +1,7 @@
 #include "capi/parity/device/machine.h"
 
 #include <algorithm>
+#include <cctype>
 #include <fstream>
 #include <optional>
 #include <set>
