@@ -1,7 +1,5 @@
 #include "capi/common/sha256_blocks.h"
 
-#include <algorithm>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -28,6 +26,15 @@ constexpr std::uint32_t kRounds[64] = {
 
 std::uint32_t rotated(std::uint32_t value, int by) { return value >> by | value << (32 - by); }
 
+inline void round(std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t& d, std::uint32_t e, std::uint32_t f,
+                  std::uint32_t g, std::uint32_t& h, std::uint32_t keyed) {
+  const std::uint32_t s1 = rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25);
+  const std::uint32_t s0 = rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22);
+  h += s1 + ((e & f) ^ (~e & g)) + keyed;
+  d += h;
+  h += s0 + ((a & b) ^ (a & c) ^ (b & c));
+}
+
 void sha256_block(std::uint32_t* state, const unsigned char* block) {
   std::uint32_t w[64];
   for (int i = 0; i < 16; ++i) {
@@ -39,17 +46,20 @@ void sha256_block(std::uint32_t* state, const unsigned char* block) {
     const std::uint32_t s1 = rotated(w[i - 2], 17) ^ rotated(w[i - 2], 19) ^ w[i - 2] >> 10;
     w[i] = w[i - 16] + s0 + w[i - 7] + s1;
   }
-  std::uint32_t v[8];
-  std::copy(state, state + 8, v);
-  for (int i = 0; i < 64; ++i) {
-    const std::uint32_t s1 = rotated(v[4], 6) ^ rotated(v[4], 11) ^ rotated(v[4], 25);
-    const std::uint32_t t1 = v[7] + s1 + ((v[4] & v[5]) ^ (~v[4] & v[6])) + kRounds[i] + w[i];
-    const std::uint32_t s0 = rotated(v[0], 2) ^ rotated(v[0], 13) ^ rotated(v[0], 22);
-    const std::uint32_t t2 = s0 + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
-    std::copy_backward(v, v + 7, v + 8);
-    v[4] += t1;
-    v[0] = t1 + t2;
+  std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+  std::uint32_t e = state[4], f = state[5], g = state[6], h = state[7];
+  // Every round renames the words; after eight the names are the first again.
+  for (int i = 0; i < 64; i += 8) {
+    round(a, b, c, d, e, f, g, h, kRounds[i] + w[i]);
+    round(h, a, b, c, d, e, f, g, kRounds[i + 1] + w[i + 1]);
+    round(g, h, a, b, c, d, e, f, kRounds[i + 2] + w[i + 2]);
+    round(f, g, h, a, b, c, d, e, kRounds[i + 3] + w[i + 3]);
+    round(e, f, g, h, a, b, c, d, kRounds[i + 4] + w[i + 4]);
+    round(d, e, f, g, h, a, b, c, kRounds[i + 5] + w[i + 5]);
+    round(c, d, e, f, g, h, a, b, kRounds[i + 6] + w[i + 6]);
+    round(b, c, d, e, f, g, h, a, kRounds[i + 7] + w[i + 7]);
   }
+  const std::uint32_t v[8] = {a, b, c, d, e, f, g, h};
   for (int i = 0; i < 8; ++i) state[i] += v[i];
 }
 
