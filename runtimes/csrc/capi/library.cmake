@@ -18,7 +18,11 @@ file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi
 add_library(edgelm_capi OBJECT ${EDGELM_CAPI})
 target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_BINARY_DIR}  # limits_json.h
                            ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
-target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_OPS_FLAGS} -ffunction-sections -fdata-sections)
+# What is called for each token or each byte of a text is worth its size.
+target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_SIZE_FLAGS} -ffunction-sections -fdata-sections)
+set(EDGELM_FAST ${EDGELM_CAPI})
+list(FILTER EDGELM_FAST INCLUDE REGEX "/capi/(tokenizer/(json|pieces)|parity/numbers)/|/(sampling|hashes|json_parser)[.]cc")
+set_source_files_properties(${EDGELM_FAST} PROPERTIES COMPILE_OPTIONS "${EDGELM_OPS_FLAGS}")
 target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUILDS_LIBRARY EDGELM_VERSION="${EDGELM_VERSION}")
 
 # Launch planning and the choice of kernels, without the plugins, which open their own file when they are loaded.
@@ -44,7 +48,7 @@ function(edgelm_install_library)
   write_basic_package_version_file(edgelmConfigVersion.cmake VERSION ${EDGELM_VERSION} COMPATIBILITY SameMajorVersion)
   install(FILES cmake/edgelmConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/edgelmConfigVersion.cmake DESTINATION ${package}
           COMPONENT edgelm)
-  file(RELATIVE_PATH EDGELM_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+  string(REGEX REPLACE "[^/]+" ".." EDGELM_PREFIX ${CMAKE_INSTALL_LIBDIR}/pkgconfig)  # from there to the prefix
   configure_file(cmake/edgelm.pc.in edgelm.pc @ONLY)
   install(FILES ${CMAKE_CURRENT_BINARY_DIR}/edgelm.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT edgelm)
 endfunction()

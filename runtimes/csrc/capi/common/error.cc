@@ -17,6 +17,23 @@ void append_escaped(std::string& text, unsigned char byte) {
 
 }  // namespace
 
+void Part::append_to(std::string& message) const {
+  switch (kind_) {
+    case kText: message += text_; return;
+    case kSigned: message += std::to_string(static_cast<std::int64_t>(bits_)); return;
+    case kUnsigned: message += std::to_string(bits_); return;
+    case kReal: message += std::to_string(real_); return;
+  }
+}
+
+std::string joined(const Part* parts, std::size_t count) {
+  std::string message;
+  for (std::size_t i = 0; i < count; ++i) parts[i].append_to(message);
+  return message;
+}
+
+void fail_with(edgelm_code code, const Part* parts, std::size_t count) { throw Error(code, joined(parts, count)); }
+
 std::string quoted(std::string_view text) {
   std::string result = "\"";
   std::size_t at = 0;
