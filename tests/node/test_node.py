@@ -119,7 +119,7 @@ def test_wrong_arguments_are_told(node: str, tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
-PACKAGES = [Path(__file__).parent, *(ROOT / "examples" / name for name in ("node-portable", "web"))]
+PACKAGES = [Path(__file__).parent, *(ROOT / "examples" / name for name in ("node", "node-portable", "web"))]
 
 
 @pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: folder.name)
