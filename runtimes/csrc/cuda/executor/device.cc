@@ -122,7 +122,10 @@ Device::~Device() {
     close();
   } catch (const std::exception&) {  // after a kernel error the context is lost, and its memory with it
   }
-  driver_.attempt("cuDevicePrimaryCtxRelease_v2", ordinal_);
+  try {
+    driver_.attempt("cuDevicePrimaryCtxRelease_v2", ordinal_);
+  } catch (const std::exception&) {
+  }
 }
 
 void Device::close() {
