@@ -76,6 +76,7 @@ void TestWhatIsNotSupportedIsNamed() {
       {"(?i:\\p{Lu})", "the property Lu where case is ignored"},
       {"(?x: a)", "the option (?x)"},
       {"(?:a*)*", "a repetition of what may be empty"},
+      {"(?:a?|b){2}", "a repetition of what may be empty"},
       {"(?<=a+)b", "a repetition in (?<="},
       {"a{1001}", "more than 1000 times"},
       {"a{3,1}", "low above high"},
@@ -85,7 +86,6 @@ void TestWhatIsNotSupportedIsNamed() {
       {"*", "a repetition of nothing"},
       {"\\", "it ends with '\\'"},
       {"(?:(?:(?:a{1000}b){1000}c){1000}d){1000}", "its repetitions are too large"},
-      {"(?:(?:(?:(?:){1000}){1000}){1000}){1000}", "its repetitions are too large"},
   };
   for (const auto& one : cases) {
     const std::string message = refusal(one.pattern);

@@ -52,7 +52,6 @@ std::uint32_t RegexParser::put(Instruction instruction) {
 }
 
 void RegexParser::emit(const Node& node) {
-  if (++emitted_ > 10 * kMaxProgram) refuse("its repetitions are too large");
   switch (node.kind) {
     case Node::kEmpty: return;
     case Node::kClass: put({Instruction::kClass, node.index}); return;
@@ -96,7 +95,8 @@ void RegexParser::emit_repeat(const Node& node) {
     put({kind, single->index, 0, node.low, node.high});
     return;
   }
-  if (node.high == kUnbounded && may_be_empty(body)) refuse("a repetition of what may be empty");
+  // Oniguruma leaves a loop when its body has matched nothing, even before `low`.
+  if (node.high > 1 && may_be_empty(body)) refuse("a repetition of what may be empty");
   const std::uint32_t atomic = node.possessive ? put({Instruction::kAtomic}) : 0;
   for (std::uint32_t i = 0; i < node.low; ++i) emit(body);
   const auto split_to = [&](std::uint32_t split, std::uint32_t inside, std::uint32_t outside) {

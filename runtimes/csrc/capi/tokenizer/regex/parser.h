@@ -65,7 +65,6 @@ class RegexParser {
   std::u32string pattern_;
   std::size_t at_ = 0;
   int depth_ = 0;
-  std::size_t emitted_ = 0;
   bool ignore_case_ = false, dot_all_ = false;
   char32_t before_ = 0;  // the literal before, if its case is ignored
 };
