@@ -34,7 +34,7 @@ class Limits {
     if (bytes > kMemory - held_) throw_memory();
   }
   int depth = 0;
-  // See `bury`.
+  // See `drop`.
   bool burying = false;
   Object* buried = nullptr;
 

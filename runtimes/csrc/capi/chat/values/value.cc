@@ -26,6 +26,18 @@ void check_nesting(std::uint32_t nesting) {
 
 }  // namespace
 
+std::string joined(std::initializer_list<Part> parts) {
+  std::string text;
+  for (const Part& part : parts) text += part.is_number ? std::to_string(part.number) : std::string(part.text);
+  return text;
+}
+
+void throw_error(const char* type, std::initializer_list<Part> parts) {
+  throw Failure(Failure::kFailed, std::string(type) + ": " + joined(parts));
+}
+
+void throw_unsupported(std::initializer_list<Part> parts) { throw Failure(Failure::kUnsupported, joined(parts)); }
+
 void Limits::throw_steps() { throw Failure(Failure::kLimit, "more steps than it may take"); }
 void Limits::throw_memory() { throw Failure(Failure::kLimit, "more memory than it may have"); }
 
@@ -33,7 +45,8 @@ Limits& limits() { return *current; }
 LimitsScope::LimitsScope(Limits& limits) : before_(current) { current = &limits; }
 LimitsScope::~LimitsScope() { current = before_; }
 
-void bury(Object* object) {
+void drop(Object* object) {
+  if (--object->references > 0) return;
   Limits& owner = limits();
   object->next_buried = owner.buried;
   owner.buried = object;

@@ -49,8 +49,9 @@ struct Object {
   Object* next_buried = nullptr;
 };
 
-// Deletes an object; those that only it referred to follow one after another, so that long chains need no deep stack.
-void bury(Object* object);
+// One reference less. Without any an object is deleted; those that only it referred to follow one after another, so that
+// long chains need no deep stack.
+void drop(Object* object);
 
 class Value {
  public:
@@ -80,7 +81,7 @@ class Value {
     return *this;
   }
   ~Value() {
-    if (is_object() && --object_->references == 0) bury(object_);
+    if (is_object()) drop(object_);
   }
 
   Type type() const { return type_; }
