@@ -2,7 +2,7 @@
 // tests/capi/test_tokenizer_steps.py compares them with Oniguruma.
 #include "capi/tokenizer/regex/regex.h"
 
-#include <chrono>
+#include <ctime>
 
 #include "capi/common/error.h"
 #include "check.h"
@@ -100,16 +100,16 @@ void TestWhatIsNotSupportedIsNamed() {
 void TestHostilePatternsEnd() {
   const std::string text(30000, 'a');
   for (const char* pattern : {"(?:a+)+b", "(?:a|a)+b", "(?:a|aa)+b", "(?:a{1,30}){1,30}b", "(?:(?=(?:a+)+b)a)+"}) {
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();
     std::string message;
     try {
       Regex(pattern).find_all(text);
     } catch (const Error& error) {
       message = error.what();
     }
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    const double seconds = double(std::clock() - start) / CLOCKS_PER_SEC;
     EXPECT(message.find("takes too long for this text") != std::string::npos, "%s: %s", pattern, message.c_str());
-    EXPECT(seconds.count() < 30, "%s took %.1f s", pattern, seconds.count());
+    EXPECT(seconds < 30, "%s took %.1f s", pattern, seconds);
   }
 }
 

@@ -1,8 +1,8 @@
 // Tests tokenizer.json: how files are read, and that damaged and hostile ones are refused or used without harm.
 // tests/capi/test_tokenizer_steps.py compares ids with the `tokenizers` library.
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <random>
 
 #include <unistd.h>
@@ -176,10 +176,10 @@ void TestALongWordIsMergedInTime() {
   folder.Write("tokenizer.edgelm.json", Description());
   std::string text;
   for (int i = 0; i < 500000; ++i) text += i % 3 == 2 ? "b" : "a";
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();
   const auto ids = Tokenizer::open(folder.path())->encode(text);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  EXPECT(ids.size() == 166668 && seconds.count() < 20, "%zu ids in %.1f s", ids.size(), seconds.count());
+  const double seconds = double(std::clock() - start) / CLOCKS_PER_SEC;
+  EXPECT(ids.size() == 166668 && seconds < 20, "%zu ids in %.1f s", ids.size(), seconds);
 }
 
 void TestUnigramFindsTheBestTokens() {
