@@ -34,6 +34,13 @@ def test_is_every_function_and_struct_on_the_page() -> None:
     assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
 
 
+def test_is_the_program_of_the_readme_that_of_the_guide() -> None:
+    texts = [
+        next(b.text for b in blocks(path) if b.file == "chat.cc") for path in (GUIDE, GUIDE.parents[2] / "README.md")
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.fixture(scope="module")
 def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with edgelm/edgelm.h, as an installation has."""
