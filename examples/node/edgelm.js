@@ -70,6 +70,8 @@ export class Model {
     const given = checkedOptions(options);
     const release = await this.#turn();
     const [parts, handle] = [[], this.#handle];
+    if (handle === null) release(); // closed while this call waited; the next ones must not wait for it
+    this.#open();
     let [stopped, running, notify] = [false, true, () => {}];
     const stop = () => {
       stopped = true;
@@ -81,7 +83,7 @@ export class Model {
       return Number(stopped);
     });
     signal?.addEventListener('abort', stop);
-    const result = generated(this.#open(), ids, { ...given, on_text: listener.pointer }).finally(() => {
+    const result = generated(handle, ids, { ...given, on_text: listener.pointer }).finally(() => {
       running = false;
       notify();
     });
