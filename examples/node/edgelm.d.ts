@@ -93,5 +93,7 @@ export class Model {
   renderChat(messages: readonly Message[], variables?: Record<string, unknown>, addGenerationPrompt?: boolean): string;
   generate(prompt: Prompt, options?: GenerateOptions): Promise<Generation>;
   stream(prompt: Prompt, options?: GenerateOptions): AsyncGenerator<string, Generation, void>;
+  /** Logits of the last positions of token ids: positions x info.vocabSize numbers. */
+  logits(ids: readonly number[], positions?: number): Promise<Float32Array>;
   close(): Promise<void>;
 }

@@ -103,6 +103,15 @@ export class Model {
     }
   }
 
+  // Logits of the last `positions` of token ids: positions x info.vocabSize numbers.
+  logits(ids, positions = 1) {
+    return this.#alone(async (handle) => {
+      const logits = new Float32Array(positions * Number(this.info.vocabSize));
+      await native.callInThread('logits', handle, Int32Array.from(ids), ids.length, positions, logits, logits.length);
+      return logits;
+    });
+  }
+
   #open() {
     if (this.#handle === null) throw new Error('the model is closed');
     return this.#handle;

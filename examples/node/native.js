@@ -48,6 +48,8 @@ const PROTOTYPES = [
     ' const void *variables, size_t variables_size, int add_generation_prompt, _Out_ void **text, _Out_ size_t *size)',
   'edgelm_error *edgelm_generate(edgelm_model *model, const int32_t *ids, size_t count,' +
     ' const edgelm_generate_options *options, _Out_ edgelm_generation **generation)',
+  'edgelm_error *edgelm_logits(edgelm_model *model, const int32_t *ids, size_t count, size_t positions,' +
+    ' _Out_ float *logits, size_t capacity)',
   'void edgelm_cancel(edgelm_model *model)',
   'const void *edgelm_generation_text(const edgelm_generation *generation, _Out_ size_t *size)',
   'const void *edgelm_generation_tokens(const edgelm_generation *generation, _Out_ size_t *count)',

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import ROOT, onnxruntime
 
@@ -17,14 +18,21 @@ import edgelm
 PROMPT = "import os\n\n\ndef read(path):\n    with open("
 CMAKE = [f"lib/cmake/edgelm/edgelm{part}.cmake" for part in ("Config", "ConfigVersion", "Targets")]
 FILES = ["include/edgelm/edgelm.h", "include/edgelm/edgelm.hpp", "lib/libedgelm.so", "lib/pkgconfig/edgelm.pc", *CMAKE]
-# The least that an app with the C++ wrapper prints of a prompt.
+# A small app with the C++ wrapper: it prints a prompt's tokens and writes the logits of all its positions to a file.
 TOKENS = """
 #include <edgelm/edgelm.hpp>
+#include <fstream>
 #include <iostream>
 int main(int, char** argv) {
+  edgelm::Model model(argv[1]);
   edgelm::GenerateOptions options;
   options.max_tokens = 24;
-  for (const auto token : edgelm::Model(argv[1]).generate(argv[2], options).tokens()) std::cout << token << ' ';
+  for (const auto token : model.generate(argv[2], options).tokens()) std::cout << token << ' ';
+  model.reset();
+  const auto ids = model.tokenize(argv[2]);
+  const auto logits = model.logits(ids, ids.size());
+  std::ofstream(argv[3], std::ios::binary)
+      .write(reinterpret_cast<const char*>(logits.data()), std::streamsize(logits.size() * sizeof(float)));
 }
 """
 
@@ -86,14 +94,32 @@ def test_the_installed_library_is_small_and_needs_the_system_alone(sdk: Path) ->
     assert re.search(r"GNU_STACK .* RW ", dynamic)  # no executable stack
 
 
+@pytest.fixture(scope="module")
+def small_app(sdk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`TOKENS`, built without CMake."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "tokens.cc").write_text(TOKENS)
+    flags = run("pkg-config", "--cflags", "--libs", sdk / "lib/pkgconfig/edgelm.pc").stdout.split()
+    strict = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
+    run("c++", *strict, folder / "tokens.cc", "-o", folder / "tokens", *flags, f"-Wl,-rpath,{sdk}/lib")
+    return folder / "tokens"
+
+
 @pytest.mark.parametrize("name", ["olmoe", "fox"])
-def test_programs_in_c_and_cpp_give_the_tokens_of_python(
-    name: str, sdk: Path, tour: Path, chat: Path, tiny_bundle: Callable[[str, str, str], Path], tmp_path: Path
+def test_programs_in_c_and_cpp_give_the_tokens_and_logits_of_python(
+    name: str,
+    tour: Path,
+    chat: Path,
+    small_app: Path,
+    tiny_bundle: Callable[[str, str, str], Path],
+    tmp_path: Path,
 ) -> None:
     bundle = tiny_bundle(name, "int4", "native")
     with edgelm.load(bundle, chat=False) as model:
         expected = model.generate(PROMPT, max_tokens=24)
         ids = model.tokenizer.encode(PROMPT)
+        model.runtime.reset()
+        logits = np.concatenate([block.copy() for block in model.runtime.logits_all(ids)])
     shown = dict(re.findall(r"^(prompt|tokens|ends): (.*)$", printed := run(tour, bundle, PROMPT).stdout, re.MULTILINE))
     assert shown["prompt"].split() == [str(token) for token in ids]
     assert shown["tokens"].split() == [str(token) for token in expected.tokens]
@@ -101,12 +127,9 @@ def test_programs_in_c_and_cpp_give_the_tokens_of_python(
     result = run(chat, bundle, PROMPT, 24)
     assert result.stdout == expected.text + "\n"
     assert f"[{len(expected.tokens)} tokens, the first after " in result.stderr
-    if name == "olmoe":  # a program of few lines, without CMake
-        (tmp_path / "tokens.cc").write_text(TOKENS)
-        flags = run("pkg-config", "--cflags", "--libs", sdk / "lib/pkgconfig/edgelm.pc").stdout.split()
-        strict = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
-        run("c++", *strict, tmp_path / "tokens.cc", "-o", tmp_path / "tokens", *flags, f"-Wl,-rpath,{sdk}/lib")
-        assert run(tmp_path / "tokens", bundle, PROMPT).stdout.split() == [str(token) for token in expected.tokens]
+    printed = run(small_app, bundle, PROMPT, tmp_path / "logits").stdout
+    assert printed.split() == [str(token) for token in expected.tokens]
+    assert (tmp_path / "logits").read_bytes() == logits.tobytes()
 
 
 def test_the_c_program_stops_at_a_string_and_checks_parity(tour: Path, fox: Path) -> None:

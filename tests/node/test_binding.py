@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import edgelm
@@ -39,6 +41,7 @@ Object.assign(shown, { parts, ticks });
 const options = { maxTokens: 24 };
 // Both at once: the second waits for the first.
 [shown.greedy, shown.chat] = await Promise.all([model.generate(prompt, options), model.generate(messages, options)]);
+shown.logits = Buffer.from((await model.logits(shown.ids, shown.ids.length)).buffer).toString('base64');
 shown.ofIds = await model.generate(shown.ids, options);
 shown.sampled = await model.generate(prompt, { ...options, ...sampled, seed: BigInt(sampled.seed) });
 shown.stopped = await model.generate(prompt, { ...options, stop });
@@ -74,7 +77,13 @@ shown.failures = [
   await failure(() => Model.open(`${bundle}/nowhere`)),
 ];
 await model.close();
-shown.failures.push(await failure(() => model.generate(prompt)));
+shown.failures.push(await failure(() => model.generate(prompt)), await failure(() => model.logits([5])));
+// A call that waits for its turn while the model is closed fails, and so does the next one: none waits forever.
+const other = await Model.open(bundle, { threads: 2 });
+const closing = other.close();
+const waiting = [other.generate([5]), other.generate([5])];
+await closing;
+shown.late = await Promise.all(waiting.map((one) => failure(() => one)));
 console.log(JSON.stringify(shown, (_, value) => (typeof value === 'bigint' ? String(value) : value)));
 """
 
@@ -125,10 +134,13 @@ def test_node_gives_the_tokens_of_python(app: Path, name: str, tiny_bundle: Call
         sampled = model.generate(PROMPT, max_tokens=24, **options)
         stop = greedy.text[len(greedy.text) // 2 :][:3]
         ids, vocabulary = model.tokenizer.encode(PROMPT), model.bundle.manifest.model.vocab_size
+        model.runtime.reset()
+        logits = np.concatenate([block.copy() for block in model.runtime.logits_all(ids)])
     given = {"prompt": PROMPT, "messages": MESSAGES, "sampled": {**SAMPLED, "seed": str(SAMPLED["seed"])}, "stop": stop}
     shown = json.loads(node(app, "test.js", bundle, json.dumps(given)).stdout)
     assert (shown["ids"], shown["text"]) == (ids, PROMPT)
     assert shown["info"]["vocabSize"] == vocabulary and shown["info"]["hasChatTemplate"] is True
+    assert base64.b64decode(shown["logits"]) == logits.tobytes()
     assert "".join(shown["parts"]) == long.text and len(shown["parts"]) > 10
     assert shown["ticks"] > 5  # the event loop went on
     for key, expected in (
@@ -142,13 +154,13 @@ def test_node_gives_the_tokens_of_python(app: Path, name: str, tiny_bundle: Call
         assert (shown[key]["text"], shown[key]["reason"]) == (expected.text, expected.stop_reason), key
     assert shown["stopped"]["text"] == greedy.text[: greedy.text.index(stop)] and shown["stopped"]["reason"] == "stop"
     assert shown["aborted"] == shown["early"] == "interrupted"
-    unknown, negative, word, large, nowhere, closed = shown["failures"]
+    unknown, negative, word, large, nowhere, closed, without = shown["failures"]
     assert "there is no option temprature; there are: maxTokens" in unknown["message"]
     assert negative["name"] == "EdgeLMError" and negative["code"] == 1 and "temperature" in negative["message"]
     assert word["message"] == "x is no token id"
     assert large["code"] == 1
     assert nowhere["code"] == 2 and "does not exist" in nowhere["message"]
-    assert closed["message"] == "the model is closed"
+    assert [one["message"] for one in (closed, without, *shown["late"])] == ["the model is closed"] * 4
 
 
 def test_the_chat_answers_and_tells_errors(app: Path, tiny_bundle: Callable[[str, str, str], Path]) -> None:
