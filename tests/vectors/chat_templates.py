@@ -83,10 +83,19 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "unknown role": [{"role": "critic", "content": "No."}],
 }
+# With a date, since a template that asks for today's gives another text tomorrow.
 OPTIONS: list[dict[str, Any]] = [
-    {"prompt": True, "variables": {}},
+    {"prompt": True, "variables": {"date_string": "26 Jul 2024"}},
     {"prompt": False, "variables": {"tools": TOOLS, "date_string": "1 May"}},
-    {"prompt": True, "variables": {"tools": TOOLS, "enable_thinking": False, "tools_in_user_message": False}},
+    {
+        "prompt": True,
+        "variables": {
+            "date_string": "1 Mai",
+            "tools": TOOLS,
+            "enable_thinking": False,
+            "tools_in_user_message": False,
+        },
+    },
 ]
 # Whether a template loops over parts.
 READERS = {
