@@ -29,7 +29,7 @@ NODE := build/node/.installed
 CPP := $(shell find runtimes/csrc tests examples -name '*.cc' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh' -o -name '*.c')
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
-    $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/executor cuda/tensorrt capi capi/* capi/*/*,$(wildcard $(foreach ending,h hpp cc cmake,runtimes/csrc/$(folder)/*.$(ending))))
+    $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
 .PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 release clean
 
