@@ -64,7 +64,8 @@ static int generate(const char* path, const char* prompt, char** stop, size_t st
 
 static int on_progress(void* user, const char* what, int64_t done, int64_t total) {
   (void)user;
-  fprintf(stderr, "%s %" PRId64 "/%" PRId64 "\n", what, done, total);
+  fprintf(stderr, "\r%s %3d %% ", what, total > 0 ? (int)(100 * done / total) : 100); /* each time over the last one */
+  if (done >= total) fprintf(stderr, "\n");
   return 0;
 }
 
