@@ -28,6 +28,7 @@ HARNESS := $(VENV)/.harness
 NODE := build/node/.installed
 CPP := $(shell find runtimes/csrc tests examples -name '*.cc' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh' -o -name '*.c')
 GPU_TESTS := tests/cuda tests/engines tests/gpu
+OTHER_TESTS := tests/unit tests/arm $(GPU_TESTS)  # what has a target of its own
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
@@ -63,9 +64,10 @@ test-cpp: kernel
 	cmake --build build/csrc-sanitize --target edgelm_tests
 	ctest --test-dir build/csrc-sanitize --output-on-failure --parallel 2
 
-# The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user.
-test-arm: kernel
+# The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user. Then Python there.
+test-arm: $(INSTALLED) kernel
 	runtimes/csrc/tests/arm.sh
+	$(BIN)/pytest -q -rs tests/arm
 
 test-python: test-unit test-export
 
@@ -74,7 +76,7 @@ test-unit: $(INSTALLED) $(HARNESS) kernel
 
 # The rest, most of which exports bundles.
 test-export: $(INSTALLED) $(HARNESS) node kernel
-	$(BIN)/pytest -q $(foreach folder,tests/unit $(GPU_TESTS),--ignore $(folder))
+	$(BIN)/pytest -q $(foreach folder,$(OTHER_TESTS),--ignore $(folder))
 
 # What is for GPUs, without one: kernels emulated and compiled for every device; then engines. Beside the rest: much of it
 # waits for one compiler.
@@ -126,7 +128,7 @@ coverage: $(INSTALLED) $(HARNESS) node kernel
 	mkdir -p build/coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q tests/unit
-	$(BIN)/coverage run -m pytest -q $(foreach folder,tests/unit $(GPU_TESTS),--ignore $(folder))
+	$(BIN)/coverage run -m pytest -q $(foreach folder,$(OTHER_TESTS),--ignore $(folder))
 	$(BIN)/coverage run -m pytest -q $(GPU_TESTS)
 	$(BIN)/coverage combine --quiet
 	for package in edgelm quant export runtimes; do $(BIN)/coverage report --include "$$package/*" | tail -1; done
