@@ -17,7 +17,8 @@ import edgelm
 
 PROMPT = "import os\n\n\ndef read(path):\n    with open("
 CMAKE = [f"lib/cmake/edgelm/edgelm{part}.cmake" for part in ("Config", "ConfigVersion", "Targets")]
-FILES = ["include/edgelm/edgelm.h", "include/edgelm/edgelm.hpp", "lib/libedgelm.so", "lib/pkgconfig/edgelm.pc", *CMAKE]
+HEADERS = ["include/edgelm/edgelm.h", "include/edgelm/edgelm.hpp"]
+FILES = [*HEADERS, "bin/edgelm-parity", "lib/libedgelm.so", "lib/pkgconfig/edgelm.pc", *CMAKE]
 # A small app with the C++ wrapper: it prints a prompt's tokens and writes the logits of all its positions to a file.
 TOKENS = """
 #include <edgelm/edgelm.hpp>
@@ -92,6 +93,10 @@ def test_the_installed_library_is_small_and_needs_the_system_alone(sdk: Path) ->
     assert needed <= {"libstdc", "libgcc_s", "libm", "libc", "libdl", "libpthread", "ld"}
     assert re.search(r"\(SONAME\).*\[libedgelm\.so\.1\]", dynamic)
     assert re.search(r"GNU_STACK .* RW ", dynamic)  # no executable stack
+
+
+def test_the_installed_parity_program_finds_the_library_beside_it(sdk: Path) -> None:
+    assert re.fullmatch(r"edgelm-parity \d+\.\d+\.\d+\n", run(sdk / "bin" / "edgelm-parity", "--version").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,26 @@ function(edgelm_install_library)
   install(FILES ${CMAKE_CURRENT_BINARY_DIR}/edgelm.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT edgelm)
 endfunction()
 
+# bin/edgelm-parity: the check of a device as a program. It uses edgelm.h alone, as an app does, and finds the library
+# beside its own folder, wherever that is.
+function(edgelm_parity_program)
+  add_executable(edgelm_parity capi/programs/parity.c capi/programs/parity_summary.c capi/programs/json_reader.c)
+  set_target_properties(edgelm_parity PROPERTIES OUTPUT_NAME edgelm-parity LINKER_LANGUAGE C
+                        C_STANDARD 11 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
+  target_compile_options(edgelm_parity PRIVATE -Os -Wall -Wextra -Werror=return-type)
+  target_link_libraries(edgelm_parity PRIVATE edgelm)
+  file(RELATIVE_PATH library /${CMAKE_INSTALL_BINDIR} /${CMAKE_INSTALL_LIBDIR})
+  if(WIN32)
+    target_link_libraries(edgelm_parity PRIVATE shell32)
+  elseif(APPLE)
+    set_target_properties(edgelm_parity PROPERTIES INSTALL_RPATH "@loader_path/${library}")
+  else()
+    target_link_libraries(edgelm_parity PRIVATE m)
+    set_target_properties(edgelm_parity PROPERTIES INSTALL_RPATH "$ORIGIN/${library}")
+  endif()
+  install(TARGETS edgelm_parity RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT edgelm)
+endfunction()
+
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
   add_library(edgelm SHARED ${EDGELM_OBJECTS})
   set_target_properties(edgelm PROPERTIES LINKER_LANGUAGE CXX VERSION ${EDGELM_VERSION} SOVERSION ${EDGELM_ABI})
@@ -65,6 +85,7 @@ if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
     set_target_properties(edgelm PROPERTIES LINK_DEPENDS ${exports})
   endif()
   edgelm_install_library()
+  edgelm_parity_program()
 endif()
 
 # Build tests/capi/*_test.cc. From an archive each takes only the parts that it needs.
