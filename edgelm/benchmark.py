@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from edgelm import devices
 from edgelm.bundle import Bundle, Manifest
-from edgelm.bundle.cpu_layout import RESCORE, TILE
-from edgelm.bundle.kv_cache import row_bytes
+from edgelm.bundle.reads import cache_bytes, weight_bytes_per_token
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.progress import Progress, Silent
@@ -108,28 +107,16 @@ class BenchResult:
 def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
     """Return the bytes that must be read to decode one token at `position`: active weights and the KV cache so far.
 
-    Of an MoE layer only the selected experts count. The embedding table counts only if it is tied to the head. Of a
-    head in split nibbles, the low nibbles are read only in the tiles of the rescored logits.
+    `edgelm.bundle.reads` says what counts.
 
     Args:
         manifest: the bundle's manifest.
         position: tokens in the cache; may be an average.
         kv: type of the KV cache, one of `edgelm.bundle.kv_cache.KV_TYPES`; None for the bundle's own.
     """
-    model = manifest.model
-    total = 0.0
-    for tensor in manifest.tensors:
-        if ".moe." in tensor.name:
-            total += tensor.size * model.experts_per_token / max(1, model.num_experts)
-        elif tensor.name.startswith("rope.") or ("embed_tokens" in tensor.name and not model.tied):
-            continue
-        elif tensor.name.endswith(".lower"):
-            total += tensor.size * min(1.0, RESCORE * TILE / model.vocab_size)
-        else:
-            total += tensor.size
     kind = kv or manifest.graph.kv_dtype
-    row = 2 * model.num_layers * model.num_kv_heads * row_bytes(kind, model.head_dim, manifest.ops)
-    return round(total + row * position)
+    weights = weight_bytes_per_token(((tensor.name, tensor.size) for tensor in manifest.tensors), manifest.model)
+    return round(weights + cache_bytes(manifest.model, kind, manifest.ops, position))
 
 
 def exceeds_caches(nbytes: int) -> bool:

@@ -171,7 +171,7 @@ def make_plan(
         ExportError: The target does not support what the model or the recipe asks for.
     """
     decoder = source.checkpoint.decoder
-    info = model_info(decoder, source.checkpoint.source_id)
+    info = ModelInfo.of(decoder, source.checkpoint.source_id)
     dtype = float_dtype(source, options, target)
     ops = target.operator_set(options.ops, progress)
     capabilities.check(decoder, target.capabilities(ops))
@@ -181,26 +181,6 @@ def make_plan(
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
         graphs=target.build(GraphRequest(source, decoder, info, ops, dtype)),
-    )
-
-
-def model_info(decoder: Decoder, name: str) -> ModelInfo:
-    """Return the manifest's description of a model."""
-    attention, moe = decoder.attention[0], decoder.first_moe
-    return ModelInfo(
-        family=decoder.family,
-        name=name,
-        hidden_size=decoder.hidden_size,
-        num_layers=decoder.num_layers,
-        num_heads=attention.heads,
-        num_kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
-        vocab_size=decoder.vocab_size,
-        context_length=decoder.context_length,
-        tied=decoder.tied,
-        num_experts=decoder.num_experts,
-        experts_per_token=decoder.active_experts,
-        norm_topk_prob=moe is not None and moe.normalize,
     )
 
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from edgelm.bundle.contents import Contents
 from edgelm.errors import BundleError
@@ -36,6 +36,9 @@ from edgelm.json_dataclass import (
 from edgelm.models import FORMER_NAMES
 from edgelm.output_paths import OutputKind, first_unlisted
 from edgelm.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from edgelm.models.spec import Decoder
 
 MANIFEST = "manifest.json"
 FORMAT = "edgelm-bundle"
@@ -85,6 +88,26 @@ class ModelInfo:
     def __post_init__(self) -> None:
         # Older bundles name the Llama family after its first model here.
         object.__setattr__(self, "family", FORMER_NAMES.get(self.family, self.family))
+
+    @classmethod
+    def of(cls, decoder: Decoder, name: str) -> ModelInfo:
+        """Return the shapes of a model; `name` is its hub id or folder."""
+        attention, moe = decoder.attention[0], decoder.first_moe
+        return cls(
+            family=decoder.family,
+            name=name,
+            hidden_size=decoder.hidden_size,
+            num_layers=decoder.num_layers,
+            num_heads=attention.heads,
+            num_kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            vocab_size=decoder.vocab_size,
+            context_length=decoder.context_length,
+            tied=decoder.tied,
+            num_experts=decoder.num_experts,
+            experts_per_token=decoder.active_experts,
+            norm_topk_prob=moe is not None and moe.normalize,
+        )
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.bundle.contents import Layout
+from edgelm.bundle.ort_providers import CPU, Provider
 from edgelm.errors import ExportError
 from edgelm.export import activations
 from edgelm.export.graph.base import STORAGE, LayerOps, stored_as
 from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder, int64
-from edgelm.export.graph.ort_providers import CPU, Provider
 from edgelm.export.packing import ort
 from edgelm.export.packing.contents import Held, array, portable
 from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, zeros_in

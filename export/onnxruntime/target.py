@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 
 from edgelm.bundle import Requirement
+from edgelm.bundle.ort_providers import CPU, CUDA, Provider
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
 from edgelm.export import activations, capabilities
@@ -17,7 +18,6 @@ from edgelm.export.graph.base import LayerOps
 from edgelm.export.graph.decoder import build
 from edgelm.export.graph.native import NativeDecoder
 from edgelm.export.graph.onnx_builder import EXACT, Dims, GraphBuilder
-from edgelm.export.graph.ort_providers import CPU, CUDA, Provider
 from edgelm.export.graph.portable import PortableOps
 from edgelm.export.graph.portable_decoder import PortableDecoder
 from edgelm.export.onnxruntime.genai import genai_config

@@ -9,25 +9,26 @@ their last record are padded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, PackedMatrix, Scales, stored_group
-from edgelm.errors import ExportError
+from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, Scales
+from edgelm.bundle.formats import CpuFormat as Format
+from edgelm.bundle.formats import cpu_format as common_format
+from edgelm.bundle.formats import float_format
 from edgelm.export.packing.repack import repacked, scales_in, upcast, zeros_in
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
 from edgelm.quant.tensor import QuantTensor
 
+__all__ = ["Format", "common_format", "float_format", "pack_codes", "pack_floats", "stacked"]
+
 Bytes = NDArray[np.uint8]
 Units = NDArray[np.uint32]
 
-FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Kind.FLOAT32}
-_INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 5: Kind.INT5, 6: Kind.INT6, 8: Kind.INT8}
-_BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_SPLIT: 8}
+_BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT5: 5, Kind.INT6: 6, Kind.INT8: 8, Kind.INT8_SPLIT: 8}
 _PARTS = {
     # Bits of a block's codes in the order in which they are stored: (lowest bit, number of bits).
     Kind.INT3: ((0, 2), (2, 1)),
@@ -37,61 +38,6 @@ _PARTS = {
     Kind.INT8: ((0, 8),),
     Kind.INT8_SPLIT: ((4, 4),),
 }
-
-
-@dataclass(frozen=True)
-class Format:
-    """Format of a packed matrix with any number of rows.
-
-    Attributes:
-        kind: Type of the weights.
-        scales: Type of the scales.
-        zeros: Whether zero points are stored.
-        group: Columns that share a scale.
-    """
-
-    kind: Kind
-    scales: Scales
-    zeros: bool
-    group: int
-
-    def matrix(self, rows: int, columns: int, *, swiglu: bool = False) -> PackedMatrix:
-        """Return the description of a matrix of this format."""
-        return PackedMatrix(self.kind, self.scales, self.zeros, swiglu, rows, columns, self.group)
-
-
-def float_format(dtype: str, columns: int) -> Format:
-    """Return the format of an unquantised matrix; `dtype` is "float16", "bfloat16" or "float32"."""
-    return Format(FLOAT_KINDS[dtype], Scales.NONE, False, columns)
-
-
-def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | None:
-    """Return the format that holds rows of all these schemes exactly, or None if there is none.
-
-    Args:
-        schemes: Effective schemes (`edgelm.quant.scheme`), each with its final group.
-        columns: Columns of every row.
-        name: Name of the matrix in errors.
-
-    Raises:
-        ExportError: The layout does not support one of the schemes: FP8 E5M2.
-    """
-    for scheme in schemes:
-        if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
-            e4m3 = Fp8Scheme(scheme.group).name
-            raise ExportError(
-                f"{name} is {scheme.name} in this recipe, but the native operators support only E4M3 of the FP8 types: "
-                f"choose {e4m3} in the recipe, or keep it float"
-            )
-    finest = min((scheme.group for scheme in schemes if scheme.group is not None), default=None)
-    integer = [isinstance(scheme, Scheme) for scheme in schemes]
-    if not any(integer):
-        return Format(Kind.FP8, Scales.FLOAT32, False, stored_group(Kind.FP8, finest, columns))
-    if not all(integer):
-        return None
-    kind = _INTEGER_KINDS[max(scheme.bits for scheme in schemes)]
-    zeros = not all(scheme.symmetric for scheme in schemes)
-    return Format(kind, Scales.FLOAT16, zeros, stored_group(kind, finest, columns))
 
 
 def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None = None) -> None:

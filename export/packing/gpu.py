@@ -13,82 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.formats import GpuFormat, gpu_format
 from edgelm.bundle.gpu_layout import ROWS, GpuKind, GpuMatrix
-from edgelm.errors import ExportError
-from edgelm.export.packing.ort import width_field
 from edgelm.export.packing.repack import repacked
-from edgelm.quant.scheme import Fp8Scheme
 from edgelm.quant.tensor import QuantTensor
+
+__all__ = ["BlobWriter", "GpuFormat", "Rows", "gpu_format", "interleaved", "quantized_rows", "stacked"]
 
 Bytes = NDArray[np.uint8]
 
-FLOAT_KINDS = {"float16": GpuKind.FLOAT16, "bfloat16": GpuKind.BFLOAT16, "float32": GpuKind.FLOAT32}
 _BITS = {GpuKind.INT4: 4, GpuKind.INT8: 8, GpuKind.FP8: 8}
 _HALF = ROWS // 2
-
-
-@dataclass(frozen=True)
-class GpuFormat:
-    """Format of a packed matrix with any number of rows.
-
-    Attributes:
-        kind: Type of the weights.
-        group: Columns that share a scale.
-        zeros: Whether zero points are stored.
-    """
-
-    kind: GpuKind
-    group: int
-    zeros: bool = False
-
-    def matrix(self, rows: int, columns: int, *, swiglu: bool = False, count: int = 1) -> GpuMatrix:
-        """Return the description of a blob of `count` matrices; with `swiglu`, `rows` counts gate and up together."""
-        return GpuMatrix(self.kind, rows, columns, self.group, self.zeros, swiglu, count)
-
-
-def gpu_format(schemes: Sequence[Any], dtype: str, columns: int, name: str) -> GpuFormat | None:
-    """Return the format that holds rows of all these schemes exactly, or None if there is none.
-
-    Args:
-        schemes: Effective schemes (`edgelm.quant.scheme`); None for an unquantised matrix.
-        dtype: Type of unquantised matrices: "float16", "bfloat16" or "float32".
-        columns: Columns of every row.
-        name: Name of the matrix in errors.
-
-    Raises:
-        ExportError: The layout does not support one of the schemes, or rows of this width.
-    """
-    quantized = [scheme for scheme in schemes if scheme is not None]
-    if quantized and len(quantized) < len(schemes):
-        return None
-    fp8 = [isinstance(scheme, Fp8Scheme) for scheme in quantized]
-    if any(fp8) and not all(fp8):
-        return None
-    if not quantized:
-        fmt = GpuFormat(FLOAT_KINDS[dtype], columns)
-    else:
-        group = min(scheme.group_size(columns) for scheme in quantized)
-        for scheme in quantized:
-            if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
-                raise ExportError(
-                    f"{name} is {scheme.name} in this recipe, but the GPU kernels support only E4M3 of the FP8 types: "
-                    f"choose {Fp8Scheme(scheme.group).name} in the recipe, or keep it float"
-                )
-        if all(fp8):
-            fmt = GpuFormat(GpuKind.FP8, group)
-        else:
-            kind = GpuKind.INT4 if max(scheme.bits for scheme in quantized) <= 4 else GpuKind.INT8
-            fmt = GpuFormat(kind, group, not all(scheme.symmetric for scheme in quantized))
-    if columns % fmt.kind.columns:
-        stored = quantized[0].name if quantized else dtype
-        kinds = {"int8 or fp8": GpuKind.INT8, "float16 or bfloat16": GpuKind.FLOAT16, "float32": GpuKind.FLOAT32}
-        fitting = [text for text, kind in kinds.items() if columns % kind.columns == 0]
-        raise ExportError(
-            f"{name} is {stored} with rows of {columns} ({width_field(name)} in config.json), but the GPU kernels "
-            f"support {fmt.kind.label} only in rows of a multiple of {fmt.kind.columns}. "
-            + (f"Choose {' or '.join(fitting)} for it in the recipe" if fitting else "Export for the CPU: --target cpu")
-        )
-    return fmt
 
 
 @dataclass(frozen=True)

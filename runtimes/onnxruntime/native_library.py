@@ -14,7 +14,15 @@ from pathlib import Path
 import edgelm.runtimes
 from edgelm.errors import RuntimeUnavailableError
 
-__all__ = ["ISA_VARIABLE", "LIBRARY_VARIABLE", "CpuKernels", "InstructionSet", "describe_cpu", "library_path"]
+__all__ = [
+    "ISA_VARIABLE",
+    "LIBRARY_VARIABLE",
+    "CpuKernels",
+    "InstructionSet",
+    "describe_cpu",
+    "library_path",
+    "load_library",
+]
 
 ABI = 1
 LIBRARY = "_edgelm_ops.so"
@@ -103,6 +111,16 @@ def describe_cpu() -> CpuKernels:
     chosen = library.edgelm_isa_chosen(reason, len(reason))
     name = found[chosen].name if chosen >= 0 else None
     return CpuKernels(str(path), name, forced, reason.value.decode(errors="replace"), tuple(found))
+
+
+def load_library() -> ctypes.CDLL | None:
+    """Load the compiled operators; None if this installation has none.
+
+    Raises:
+        RuntimeUnavailableError: the library cannot be loaded, or belongs to another version of EdgeLM.
+    """
+    path = library_path()
+    return None if path is None else _load(path)
 
 
 def _load(path: Path) -> ctypes.CDLL:

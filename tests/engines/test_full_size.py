@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from kernel_folders import index_only
 
+from edgelm.bundle import ModelInfo
 from edgelm.checkpoint import Checkpoint
-from edgelm.export.plan import WEIGHTS_FILE, GraphRequest, model_info
+from edgelm.export.plan import WEIGHTS_FILE, GraphRequest
 from edgelm.export.tensorrt.engines import tensorrt_graph
 from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.export.tensorrt.target import TensorrtTarget
@@ -70,7 +71,7 @@ def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     (tmp_path / "source").mkdir()
     checkpoint = sparse_checkpoint(tmp_path / "source")
     decoder = checkpoint.decoder
-    source, info = WeightSource(checkpoint, Recipe.load(recipe), threads=1), model_info(decoder, "fox")
+    source, info = WeightSource(checkpoint, Recipe.load(recipe), threads=1), ModelInfo.of(decoder, "fox")
     graphs = TensorrtTarget().build(GraphRequest(source, decoder, info, "gpu", "bfloat16"))
     program = Program.from_json(graphs.files[PROGRAM_FILE], PROGRAM_FILE)
     made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(matmul="plugin"), SMS)

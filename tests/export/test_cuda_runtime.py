@@ -15,9 +15,9 @@ import pytest
 from tiny_models import MakeCheckpoint
 
 from edgelm.bundle import Bundle
+from edgelm.bundle.ort_providers import CUDA
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, RuntimeUnavailableError
 from edgelm.export import export_bundle
-from edgelm.export.graph.ort_providers import CUDA
 from edgelm.export.onnxruntime import target as targets
 from edgelm.export.options import ExportOptions
 from edgelm.parity.golden import GoldenOptions

@@ -22,10 +22,10 @@ from onnx import TensorProto
 from tiny_models import MakeCheckpoint
 
 from edgelm.bundle import Bundle
+from edgelm.bundle.ort_providers import CUDA
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, RuntimeUnavailableError
 from edgelm.export import export_bundle
-from edgelm.export.graph.ort_providers import CUDA
 from edgelm.export.onnxruntime import target as targets
 from edgelm.export.onnxruntime.greedy_graph import greedy_graph
 from edgelm.export.options import ExportOptions

@@ -11,8 +11,8 @@ import shutil
 
 import pytest
 
+from edgelm.bundle.ort_providers import CUDA
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.graph.ort_providers import CUDA
 from edgelm.export.onnxruntime import target as targets
 from edgelm.parity import check
 from edgelm.parity.limits import LIMITS, loosened

@@ -24,7 +24,7 @@ OPEN_ENDED = {"edgelm/models": "one file per model"}
 
 LAYERS = {
     "base": "errors sizes slices output_paths files installing devices progress progress_bar json_dataclass corpus "
-    "version",
+    "version platforms",
     "models": "models",
     "primitives": "quant.scheme quant.tensor quant.primitives quant.fp8 quant.native quant.codec quant.recipe "
     "quant.quality",
@@ -33,6 +33,7 @@ LAYERS = {
     "bundle": "bundle",
     "sampling": "generation.sampling generation.shortlist",
     "runtimes": "runtimes",
+    "preflight": "preflight",
     "generation": "generation",
     "reference": "reference",
     "weights": "quant quant.source quant.formats quant.checkpoint",
@@ -54,9 +55,10 @@ ALLOWED = {
     "models": "base",
     "checkpoint": "base models",
     "tokenization": "base checkpoint",
-    "bundle": "base models",
+    "bundle": "base models primitives",
     "sampling": "base",
     "runtimes": "base models checkpoint bundle sampling",
+    "preflight": "base models primitives bundle runtimes",
     "generation": "base tokenization bundle sampling runtimes",
     "reference": "base models checkpoint",
     "weights": "base models primitives checkpoint",
