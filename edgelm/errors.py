@@ -71,6 +71,10 @@ class ParityError(EdgeLMError):
     """The parity check could not run. A check that fails is a result, not an error."""
 
 
+class ReportError(EdgeLMError):
+    """A file is no report that can be compared, or lacks something."""
+
+
 class DeviceError(EdgeLMError):
     """A GPU, its driver or one of its libraries is missing, too old, or failed."""
 

@@ -39,6 +39,7 @@ __all__ = [
     "read_json",
     "require_format",
     "shown",
+    "without_unknown",
 ]  # fmt: skip
 
 MAX_BYTES = 8 << 20
@@ -240,6 +241,24 @@ def from_data(cls: type[T], data: Any, where: Path | str, errors: ErrorFactory, 
     except _Problem as problem:
         raise errors.at(where, str(problem)) from None
     return value
+
+
+def without_unknown(hint: Any, data: Any) -> Any:
+    """Return a document without the fields that the dataclass `hint` lacks, for documents that later versions extend.
+
+    What has another type than its hint is returned as it is, for `from_data` to refuse.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(data, dict):
+        hints = get_type_hints(hint, include_extras=True)
+        return {key: without_unknown(hints[key], item) for key, item in data.items() if key in hints}
+    if origin in (Union, types.UnionType):
+        return without_unknown(next(item for item in arguments if item is not type(None)), data)
+    if origin is tuple and isinstance(data, list):
+        return [without_unknown(arguments[0], item) for item in data]
+    if origin is dict and isinstance(data, dict):
+        return {key: without_unknown(arguments[1], item) for key, item in data.items()}
+    return data
 
 
 def require_format(data: Any, key: str, expected: int, where: Path | str, errors: ErrorFactory) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -138,6 +139,21 @@ _ENTRIES = (
 def runtimes() -> tuple[RuntimeEntry, ...]:
     """Return all runtimes, best first, available here or not."""
     return _ENTRIES
+
+
+def engine_of(name: str) -> str | None:
+    """Return the package that the loaded runtime `name` computes with, and its version, such as "onnxruntime 1.31.1".
+
+    None for EdgeLM's own kernels, and where no bundle was opened with it.
+    """
+    entry = next(entry for entry in _ENTRIES if entry.name == name)
+    if entry.requires == "numpy":
+        return None
+    for package in (entry.requires, *entry.instead):
+        version = getattr(sys.modules.get(package), "__version__", None)
+        if version is not None:
+            return f"{package} {version}"
+    return None
 
 
 def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:

@@ -36,6 +36,7 @@ GROUPS = {
     },
     "Check and measure": {
         "parity": "Check that this device computes the same model as the reference.",
+        "compare": "Compare reports of several devices, builds or recipes.",
         "inspect": "Describe a bundle or a checkpoint.",
         "bench": "Measure load time, speed and memory.",
         "eval": "Measure how close quantised models are to the float model.",

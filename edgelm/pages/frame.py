@@ -191,7 +191,7 @@ def ticks_below(frame: Frame, labels: Iterable[tuple[float, str]]) -> list[Shape
     shapes = []
     for x, text in labels:
         half = text_width(text) / 2
-        if x - half >= end + GAP and x + half <= frame.width:
+        if x - half >= max(end + GAP, 0) and x + half <= frame.width:
             shapes.append(shape("text", "middle", x=x, y=frame.y_range[0] + 22, text=text))
             end = x + half
     return shapes

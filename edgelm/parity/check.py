@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ from edgelm.parity.result import (
 )
 from edgelm.parity.sketch import relative_error
 from edgelm.progress import Progress, Silent
+from edgelm.version import __version__
 
 if TYPE_CHECKING:
     from edgelm.tokenization.tokenizer import Tokenizer
@@ -124,7 +126,9 @@ def check_parity(
     loss = float_loss(pack, run.at_once, kind)
     if max_kl is not None:
         checks.append(float_kl(loss, max_kl))
-    return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, notes + run.notes, tokenizer, loss)
+    return _report(
+        bundle, pack, run, diagnosis, checks, kind, limits, reference, notes + run.notes, tokenizer, loss, kv
+    )
 
 
 def limits_for(bundle: Bundle) -> tuple[Limits, str]:
@@ -290,6 +294,7 @@ def _report(
     notes: list[str],
     tokenizer: Tokenizer | None,
     loss: FloatLoss,
+    kv_type: str | None,
 ) -> ParityReport:
     from edgelm.devices import describe
 
@@ -341,6 +346,13 @@ def _report(
         reference=reference,
         tools=dict(manifest.tools),
         notes=notes,
+        ops=manifest.ops,
+        kv=kv_type or manifest.graph.kv_dtype,
+        isa=run.isa,
+        engine=run.engine,
+        resident_peak=run.resident_peak,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        made_by=f"edgelm {__version__}",
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelm import devices
 from edgelm.parity.diagnose import DeviceTrace, choose
 from edgelm.parity.logits import LogitRecord
 from edgelm.parity.pack import GoldenPrompt, ParityPack
@@ -38,6 +39,9 @@ class DeviceRun:
     debug: LogitRecord
     trace: DeviceTrace | None = None
     runtime: str = ""
+    engine: str | None = None
+    isa: str | None = None
+    resident_peak: int | None = None
     threads: int = 0
     load_s: float = float("nan")
     prefill_tokens: int = 0
@@ -59,7 +63,8 @@ def run_device(
 
     `kv` is the data type of the shipped graph's KV cache; None is the runtime's default.
     """
-    from edgelm.runtimes import open_runtime, open_tracing
+    from edgelm.runtimes import engine_of, open_runtime, open_tracing
+    from edgelm.runtimes.onnxruntime.native_library import kernels_of
 
     run = DeviceRun(LogitRecord(pack), LogitRecord(pack), LogitRecord(pack))
     longest = max(prompt.fed for prompt in pack.prompts)
@@ -76,6 +81,8 @@ def run_device(
                 for block in model.logits_all(ids):
                     at = run.at_once.put(at, block)
                 advance(prompt.fed)
+        run.engine, run.isa = engine_of(model.name), kernels_of(bundle.manifest.ops)
+        _, run.resident_peak = devices.resident_memory()
     debug = open_tracing(bundle, model.name, threads=threads)
     if debug is None:
         run.notes.append(f"{model.name} has no debug graph: layers were not compared, only logits")

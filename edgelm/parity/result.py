@@ -166,7 +166,17 @@ class Speed:
 
 @dataclass
 class ParityReport:
-    """The result of a parity check. `kl_*` compare the device with the quantised reference, in nats."""
+    """The result of a parity check. `kl_*` compare the device with the quantised reference, in nats.
+
+    Attributes:
+        ops, kv: the bundle's operator set, and the type of the KV cache.
+        isa: the instruction set of the native operators' kernels, as EDGELM_ISA names it; None without them.
+        engine: the package that computed and its version, "onnxruntime 1.31.1"; None for EdgeLM's own kernels.
+        resident_peak: peak resident memory of the process in bytes, before the debug graph was loaded; None where the
+            system does not say.
+        created: the time in UTC.
+        made_by: what made the report and its version, "edgelm 0.2.0" or "libedgelm 0.2.0".
+    """
 
     bundle: str
     passed: bool
@@ -203,6 +213,13 @@ class ParityReport:
     reference: str
     tools: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ops: str = ""
+    kv: str = ""
+    isa: str | None = None
+    engine: str | None = None
+    resident_peak: int | None = None
+    created: str = ""
+    made_by: str = ""
 
     @property
     def failures(self) -> list[Check]:

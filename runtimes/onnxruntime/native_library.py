@@ -123,6 +123,14 @@ def load_library() -> ctypes.CDLL | None:
     return None if path is None else _load(path)
 
 
+def kernels_of(ops: str) -> str | None:
+    """Return the instruction set that the native operators use here, as EDGELM_ISA names it.
+
+    None for a bundle with another operator set `ops`.
+    """
+    return describe_cpu().chosen if ops == "native" else None
+
+
 def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))

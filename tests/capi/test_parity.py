@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ def same_as_python(bundle: Path, **options: Any) -> dict[str, Any]:
     """Check that both reports are the same but for what differs between two runs; return the library's."""
     found = parity(bundle, **{name: value.encode() for name, value in options.items()})
     expected = json.loads(json.dumps(check_parity(bundle, threads=2, **options).to_dict()))
-    maker = found.pop("made_by")
-    assert maker == f"libedgelm {harness.library().edgelm_version().decode()}"
+    version = harness.library().edgelm_version().decode()
+    assert [report.pop("made_by") for report in (expected, found)] == [f"edgelm {version}", f"libedgelm {version}"]
     for report in (found, expected):
+        assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(report.pop("created"))).total_seconds()) < 600
+        assert 1e6 < report.pop("resident_peak") < 1e12
         assert report.pop("speed")["prefill_tokens_per_s"] > 0
         assert 0 < report["device"].pop("memory_available") <= report["device"]["memory_total"]
     assert list(differences(found, expected)) == []

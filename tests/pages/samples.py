@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
+from edgelm.comparison.compare import Comparison
+from edgelm.comparison.documents import to_documents
+from edgelm.comparison.entries import entries_of
 from edgelm.evaluation.result import (
     Divergence,
     Estimate,
@@ -99,6 +103,13 @@ def parity(
         files=FILES,
         reference="from the parity pack",
         tools={"edgelm": "0.1.0"},
+        ops="native",
+        kv="float16",
+        isa="avx2",
+        engine="onnxruntime 1.31.1",
+        resident_peak=94_240_768,
+        created="2026-11-30T10:18:43+00:00",
+        made_by="edgelm 0.2.0",
     )
 
 
@@ -156,7 +167,42 @@ def six(layers: int = 4, experts: int = 32, prefix: str = "") -> list[TargetResu
     ]
 
 
+def bench_document(**changes: object) -> dict[str, object]:
+    """Return a document of `edgelm bench --json`, of the device and bundle of `parity()`."""
+    spread = {"median": 5000.0, "low": 4000.0, "high": 6000.0, "runs": [5000.0]}
+    return {
+        "bundle": "olmoe-int4", "model": "olmoe-tiny", "recipe": "int4", "runtime": "onnxruntime-cpu", "threads": 2,
+        "ops": "native", "kv": "float16", "batch": 1, "prompt_tokens": 64, "new_tokens": 16, "load_seconds": 0.05,
+        "prefill_tokens_per_second": spread, "decode_tokens_per_second": spread, "resident_peak": 78_000_000,
+        "files": {name: info["size"] for name, info in FILES.items()}, "device": DEVICE, "notes": [], **changes,
+    }  # fmt: skip
+
+
+def comparison(reports: dict[str, ParityReport], **changes: dict[str, object]) -> Comparison:
+    """Return a comparison of reports by name, with changed fields of their documents."""
+    found = []
+    for name, report in reports.items():
+        path = Path(f"{len(found)}.json")
+        documents, _ = to_documents({**report.to_dict(), **changes.get(name, {})}, path)
+        found += entries_of(documents, name, path)
+    return Comparison(tuple(found), base=0)
+
+
+def boards(count: int, name: str, layers: int = 4) -> Comparison:
+    """Return a comparison of many devices, every third of which fails."""
+    failed = [{"logits.kl_mean", "layer[1]"} if i % 3 == 2 else set() for i in range(count)]
+    reports = {
+        f"{name} {i}": parity(layers=layers, failed=bad, first=1 if bad else None) for i, bad in enumerate(failed)
+    }
+    return comparison(reports, **{f"{name} {i}": {"threads": i + 1, "isa": "neon-i8mm"} for i in range(count)})
+
+
 PAGES = {
+    "compared": lambda: boards(3, "pi"),
+    "compared-many": lambda: boards(14, LONG, 32),
+    "compared-evil": lambda: comparison(
+        {name: dataclasses.replace(parity(name="x"), source=EVIL[:-1]) for name in (EVIL, LONG)}
+    ),
     "passed": lambda: parity(),
     "failed": lambda: parity(failed={"logits.kl_mean", "layer[1]"}, first=1),
     "failed-last": lambda: parity(layers=32, prompts=40, name=LONG, failed={"layer[31]"}, first=31),
@@ -172,8 +218,12 @@ PAGES = {
 """The sample reports, by name."""
 
 
-def render(report: ParityReport | EvaluationReport) -> str:
-    """Return the page of a report of either kind."""
+def render(report: ParityReport | EvaluationReport | Comparison) -> str:
+    """Return the page of a report of any kind."""
+    if isinstance(report, Comparison):
+        from edgelm.comparison.report import render as compared
+
+        return compared(report)
     from edgelm.evaluation import report as evaluated
     from edgelm.parity import report as checked
 

@@ -42,6 +42,7 @@ LAYERS = {
     "pages": "pages",
     "parity": "parity",
     "evaluation": "evaluation",
+    "comparison": "comparison",
     "synth": "synth",
     "export": "export",
     "benchmark": "benchmark",
@@ -68,12 +69,13 @@ ALLOWED = {
     "parity": "base models primitives checkpoint tokenization bundle runtimes reference weights rounding pages",
     "evaluation": "base models primitives checkpoint tokenization bundle sampling runtimes generation reference "
     "weights rounding pages parity",
+    "comparison": "base pages",
     "synth": "base models checkpoint",
     "export": "base models primitives checkpoint tokenization bundle runtimes reference weights methods parity",
     "benchmark": "base bundle sampling runtimes",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes generation weights methods pages "
-    "parity evaluation synth export benchmark edgelm",
+    "parity evaluation comparison synth export benchmark edgelm",
 }
 """The parts that a part may import."""
 

@@ -14,6 +14,7 @@ Json maybe(const std::optional<T>& value) {
   return value ? Json(*value) : Json();
 }
 Json maybe(const std::optional<double>& value) { return value ? number(*value) : Json(); }
+Json maybe(const std::string& text) { return text.empty() ? Json() : Json(text); }
 
 template <class Items, class Convert>
 Json list(const Items& items, const Convert& convert) {
@@ -208,6 +209,12 @@ Json report(const Findings& found) {
       {"reference", made_with(pack)},
       {"tools", *manifest.json.find("tools")},
       {"notes", list(found.notes, [](const std::string& note) { return Json(note); })},
+      {"ops", manifest.ops},
+      {"kv", found.run.kv},
+      {"isa", maybe(found.run.isa)},
+      {"engine", maybe(found.run.engine)},
+      {"resident_peak", maybe(found.run.resident_peak)},
+      {"created", utc_now()},
       {"made_by", "libedgelm " EDGELM_VERSION},
   };
 }

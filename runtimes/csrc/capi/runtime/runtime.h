@@ -29,6 +29,8 @@ class Runtime {
 
   std::string name;  // "onnxruntime-cpu", "cuda-kernels"
   std::string kv;
+  std::string engine;  // what computes and its version, "onnxruntime 1.31.1"; empty: EdgeLM itself
+  std::string isa;     // instruction set of the native operators' kernels; empty without these
   std::int64_t vocab_size = 0, context_length = 0, model_context_length = 0, chunk = 0;
   int threads = 0;
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "capi/parity/device/machine.h"
 #include "capi/parity/device/sketch.h"
 
 namespace edgelm::capi {
@@ -195,6 +196,9 @@ DeviceRun run_device(const Bundle& bundle, const ParityPack& pack, const ParityO
     run.load_seconds = load.seconds();
     run.runtime = model->name;
     run.threads = model->threads;
+    run.kv = model->kv;
+    run.engine = model->engine;
+    run.isa = model->isa;
     if (model->vocab_size != bundle.manifest().model.vocab_size) {
       fail(EDGELM_BUNDLE, bundle.path(),
            ": the graph has another vocabulary than the manifest: export the bundle again");
@@ -209,6 +213,7 @@ DeviceRun run_device(const Bundle& bundle, const ParityPack& pack, const ParityO
       });
       task.advance(prompt.fed());
     }
+    run.resident_peak = resident_peak();
   }
   if (options.skip_layers) {
     run.notes.push_back("layers were not compared, only logits, as was asked for");

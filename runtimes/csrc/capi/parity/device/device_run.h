@@ -24,7 +24,8 @@ struct DeviceRun {
 
   LogitRecord at_once, decoded, debug;
   std::optional<DeviceTrace> trace;
-  std::string runtime;
+  std::string runtime, kv, engine, isa;       // the last two are empty where there is none
+  std::optional<std::int64_t> resident_peak;  // bytes, of the process, before the debug graph was loaded
   int threads = 0;
   double load_seconds = kNan;
   std::int64_t prefill_tokens = 0, decode_tokens = 0;

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cctype>
+#include <ctime>
 #include <fstream>
 #include <optional>
 #include <set>
 #include <sstream>
 
 #if !defined(_WIN32)
+#include <sys/resource.h>
 #include <sys/utsname.h>
 #endif
 #if defined(__APPLE__)
@@ -170,6 +172,38 @@ Json describe_machine() {
                       {"memory_total", std::move(bytes.total)},
                       {"memory_available", std::move(bytes.available)},
                       {"instruction_sets", instruction_sets(architecture)}};
+}
+
+std::optional<std::int64_t> resident_peak() {
+#if defined(__linux__)
+  // getrusage would count what the process was before exec.
+  const std::string peak = field(read_text("/proc/self/status"), {"VmHWM"});
+  const auto kilobytes = whole(peak.substr(0, peak.find(' ')));
+  if (kilobytes) return *kilobytes * 1024;
+  return {};
+#elif defined(_WIN32)
+  return {};
+#else
+  rusage usage = {};
+  if (getrusage(RUSAGE_SELF, &usage) != 0) return {};
+#if defined(__APPLE__)
+  return std::int64_t(usage.ru_maxrss);
+#else
+  return std::int64_t(usage.ru_maxrss) * 1024;
+#endif
+#endif
+}
+
+std::string utc_now() {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts = {};
+#if defined(_WIN32)
+  gmtime_s(&parts, &now);
+#else
+  gmtime_r(&now, &parts);
+#endif
+  char text[40];
+  return std::string(text, std::strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%S+00:00", &parts));
 }
 
 }  // namespace edgelm::capi

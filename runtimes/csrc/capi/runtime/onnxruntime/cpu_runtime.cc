@@ -9,6 +9,7 @@
 #include "capi/runtime/options.h"
 #include "capi/runtime/onnxruntime/cache_rows.h"
 #include "capi/runtime/onnxruntime/session.h"
+#include "kernels/cpu.h"
 
 namespace edgelm::capi {
 namespace {
@@ -52,6 +53,9 @@ class CpuRuntime : public Runtime {
     rows_ = {kv, model.head_dim, row_, context_length};
     const char* lengths = native_ ? "past_lengths" : "attention_mask";
     session_ = std::make_unique<Session>(bundle, bundle.manifest().graph_file, options.onnxruntime, threads);
+    engine = "onnxruntime " + session_->library().version;
+    std::string why;
+    if (const Kernels* kernels = native_ ? ChooseKernels(&why) : nullptr) isa = kernels->name;
     session_->check_graph(bundle, lengths);
     graph_ = std::make_unique<BoundGraph>(*session_, weights_, chunk, vocab_size);
     const std::uint64_t bytes = checked_bytes(
