@@ -5,8 +5,10 @@ Uses the standard library only. Values that a system does not provide are None o
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import json
 import math
 import os
 import platform
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -211,10 +214,30 @@ def _cpu_name() -> str:
         return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
     text = _read(Path("/proc/cpuinfo"))
     match = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
-    if match:
-        return match.group(1).strip()
-    model = _read(Path("/proc/device-tree/model")).strip("\0")
-    return model or platform.processor() or platform.machine()
+    name = match.group(1).strip() if match else _read(Path("/proc/device-tree/model")).strip("\0")
+    cores = _arm_cores(text)
+    if name and cores:
+        return f"{name} ({cores})"
+    return name or cores or platform.processor() or platform.machine()
+
+
+def _arm_cores(cpuinfo: str) -> str:
+    """Return the kinds of cores that an Arm machine's /proc/cpuinfo lists by number; empty on other machines.
+
+    Arm's kernel gives no name, only the numbers of designer and part of each core.
+    """
+    kinds = collections.Counter(
+        re.findall(r"^CPU implementer\s*:\s*(\S+)\n(?:.+\n)*?CPU part\s*:\s*(\S+)$", cpuinfo, re.MULTILINE)
+    )
+    if not kinds:
+        return ""
+    table: dict[str, Any] = json.loads((Path(__file__).parent / "tables" / "arm_cores.json").read_bytes())
+    names = []
+    for (implementer, part), count in kinds.items():
+        designer = table.get(implementer, {"name": f"CPU implementer {implementer}", "parts": {}})
+        name = f"{designer['name']} {designer['parts'].get(part, f'part {part}')}"
+        names.append(name if len(kinds) == 1 else f"{count} x {name}")
+    return ", ".join(names)
 
 
 def _instruction_sets() -> tuple[str, ...]:

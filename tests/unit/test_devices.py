@@ -184,3 +184,37 @@ def test_a_system_that_tells_nothing_is_described_without_it(monkeypatch: pytest
 def test_a_system_without_a_known_name_has_no_resident_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     assert devices.resident_memory() == (None, None)
+
+
+def cpuinfo(*cores: tuple[str, str], more: str = "") -> str:
+    """/proc/cpuinfo as Linux writes it on 64-bit Arm: no names, but numbers of designer and part."""
+    fields = "Features\t: fp asimd\nCPU implementer\t: {}\nCPU architecture: 8\nCPU variant\t: 0x4\n"
+    end = "CPU part\t: {}\nCPU revision\t: 1\n\n"
+    texts = (f"processor\t: {i}\n{fields.format(a)}{end.format(b)}" for i, (a, b) in enumerate(cores))
+    return "".join(texts) + more
+
+
+A76, A55 = ("0x41", "0xd0b"), ("0x41", "0xd05")
+
+
+@pytest.mark.parametrize(
+    ("text", "tree", "name"),
+    [
+        (
+            cpuinfo(*[A76] * 4, more="Revision\t: c04170\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n"),
+            "Raspberry Pi 5 Model B Rev 1.0\0",
+            "Raspberry Pi 5 Model B Rev 1.0 (Arm Cortex-A76)",
+        ),
+        (cpuinfo(("0x41", "0xd42")), "NVIDIA Jetson Orin Nano\0", "NVIDIA Jetson Orin Nano (Arm Cortex-A78AE)"),
+        (cpuinfo(*[A55] * 4, *[A76] * 4), "", "4 x Arm Cortex-A55, 4 x Arm Cortex-A76"),
+        (cpuinfo(("0x41", "0xd4f")), "", "Arm Neoverse V2"),
+        (cpuinfo(("0x61", "0x022"), ("0x61", "0x023")), "", "1 x Apple M1 Icestorm, 1 x Apple M1 Firestorm"),
+        (cpuinfo(("0x41", "0xfff")), "", "Arm part 0xfff"),
+        (cpuinfo(("0x99", "0x001")), "", "CPU implementer 0x99 part 0x001"),
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9R14\n", "", "AMD EPYC 9R14"),
+    ],
+)
+def test_a_cpu_is_named(monkeypatch: pytest.MonkeyPatch, text: str, tree: str, name: str) -> None:
+    files = {Path("/proc/cpuinfo"): text, Path("/proc/device-tree/model"): tree}
+    monkeypatch.setattr(devices, "_read", lambda path: files.get(path, ""))
+    assert devices.describe().cpu == name

@@ -12,11 +12,17 @@ set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${limits})
 file(READ ${limits} EDGELM_LIMITS)
 file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/limits_json.h @ONLY
      CONTENT "inline constexpr char kLimitsJson[] = R\"json(@EDGELM_LIMITS@)json\";\n")
+# The names of Arm's cores, which Python reads from the same file.
+set(cores ${CMAKE_CURRENT_SOURCE_DIR}/../../edgelm/tables/arm_cores.json)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${cores})
+file(READ ${cores} EDGELM_ARM_CORES)
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/arm_cores_json.h @ONLY
+     CONTENT "inline constexpr char kArmCoresJson[] = R\"json(@EDGELM_ARM_CORES@)json\";\n")
 
 file(GLOB_RECURSE EDGELM_CAPI CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/capi/*.cc
      ${CMAKE_CURRENT_SOURCE_DIR}/cuda/executor/*.cc)
 add_library(edgelm_capi OBJECT ${EDGELM_CAPI})
-target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_BINARY_DIR}  # limits_json.h
+target_include_directories(edgelm_capi PRIVATE ${CMAKE_CURRENT_BINARY_DIR}  # limits_json.h, arm_cores_json.h
                            ${CMAKE_CURRENT_SOURCE_DIR}/cuda)  # as kernels include each other
 # What is called for each token or each byte of a text is worth its size.
 target_compile_options(edgelm_capi PRIVATE ${EDGELM_FLAGS} ${EDGELM_SIZE_FLAGS} -ffunction-sections -fdata-sections)

@@ -111,6 +111,7 @@ const Kernels* ChooseKernels(std::string* why) {
   const char* named = std::getenv("EDGELM_ISA");
   const bool forced = named != nullptr && *named != '\0';
   std::string valid, problem = "there is no such instruction set";
+  const InstructionSet* before = nullptr;
   for (const InstructionSet& set : InstructionSets()) {
     if (forced && std::strcmp(named, set.kernels->name) == 0) {
       *why = "EDGELM_ISA asks for it";
@@ -118,9 +119,15 @@ const Kernels* ChooseKernels(std::string* why) {
       problem = set.missing;
     } else if (!forced && set.available()) {
       *why = "the best that this CPU has";
+      // The set before is the one that asks for least of those with vectors.
+      if (before != nullptr && set.kernels == &kScalarKernels) {
+        *why = "works, but slowly: " + before->missing + " for " + before->kernels->name +
+               "; a bundle with portable operators may be faster";
+      }
       return set.kernels;
     }
     if (set.available()) valid += (valid.empty() ? "" : ", ") + std::string(set.kernels->name);
+    before = &set;
   }
   *why = "EDGELM_ISA=" + std::string(named) + ": " + problem + ". Set it to one of " + valid +
          ", or unset it for the best";

@@ -16,6 +16,7 @@
 #include <sys/sysctl.h>
 #endif
 
+#include "arm_cores_json.h"
 #include "capi/runtime/cpu_cores.h"
 
 namespace edgelm::capi {
@@ -63,16 +64,59 @@ std::string sysctl_text(const char* name) {
 }
 #endif
 
+#if !defined(__APPLE__)
+// The kinds of cores that an Arm machine's /proc/cpuinfo lists by number, since it has no names; empty elsewhere.
+std::string arm_cores(const std::string& text) {
+  struct Kind {
+    std::string implementer, part;
+    int count;
+  };
+  std::vector<Kind> kinds;
+  std::istringstream lines(text);
+  std::string implementer;
+  for (std::string line; std::getline(lines, line);) {
+    if (const std::string found = field(line, {"CPU implementer"}); !found.empty()) implementer = found;
+    const std::string part = field(line, {"CPU part"});
+    if (part.empty() || implementer.empty()) continue;
+    const auto known = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& kind) {
+      return kind.implementer == implementer && kind.part == part;
+    });
+    if (known == kinds.end()) {
+      kinds.push_back({implementer, part, 1});
+    } else {
+      ++known->count;
+    }
+  }
+  if (kinds.empty()) return "";
+  const Json table = Json::parse(kArmCoresJson, "arm_cores.json", EDGELM_INTERNAL);
+  std::string names;
+  for (const Kind& kind : kinds) {
+    std::string name = concat("CPU implementer ", kind.implementer), part = concat("part ", kind.part);
+    if (const Json* designer = table.find(kind.implementer)) {
+      name = designer->find("name")->string();
+      if (const Json* known = designer->find("parts")->find(kind.part)) part = known->string();
+    }
+    const std::string count = kinds.size() == 1 ? "" : concat(kind.count, " x ");
+    names += concat(names.empty() ? "" : ", ", count, name, " ", part);
+  }
+  return names;
+}
+#endif
+
 std::string cpu_name(const std::string& architecture) {
 #if defined(__APPLE__)
   const std::string name = sysctl_text("machdep.cpu.brand_string");
 #else
-  const std::string name = field(read_text("/proc/cpuinfo"), {"model name", "Model", "Hardware", "cpu model"});
+  const std::string text = read_text("/proc/cpuinfo"), cores = arm_cores(text);
+  std::string name = field(text, {"model name", "Model", "Hardware", "cpu model"});
+  if (name.empty()) {
+    name = read_text("/proc/device-tree/model");
+    name = name.substr(0, name.find('\0'));
+  }
+  if (!name.empty() && !cores.empty()) return concat(name, " (", cores, ")");
+  if (name.empty()) name = cores;
 #endif
-  if (!name.empty()) return name;
-  std::string model = read_text("/proc/device-tree/model");
-  model = model.substr(0, model.find('\0'));
-  return model.empty() ? architecture : model;
+  return name.empty() ? architecture : name;
 }
 
 Json instruction_sets(const std::string& architecture) {
