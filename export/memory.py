@@ -16,6 +16,25 @@ SLACK = 160 * MIB
 ASSUMED_BASE = 700 * MIB
 
 
+def needed_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, base: int) -> int:
+    """Return the bytes of resident memory of an export with `threads` threads; other arguments as `fitting_threads`.
+
+    Args:
+        info, expert_width, golden_tokens, threads: As for `fitting_threads`.
+        base: Memory of the process before.
+    """
+    dense = (2 * info.num_heads + 2 * info.num_kv_heads) * info.head_dim * info.hidden_size
+    mlp = 3 * expert_width * info.hidden_size  # one expert, or the feed-forward of a dense layer
+    per_token = 4 * info.hidden_size * (3 * (info.num_layers + 1) + 16) + 8 * info.num_layers * (
+        info.num_kv_heads * info.head_dim
+    )
+    # Six bytes per weight: bfloat16 as read, float32 as computed. Head and embedding are read in blocks.
+    reference = 6 * (dense + mlp) + 6 * 2 * BLOCK_WEIGHTS + golden_tokens * (per_token + 64 * info.num_experts)
+    # A thread holds one block as read, as float32 and as quantised values, plus scratch memory.
+    writing = threads * 24 * min(max(BLOCK_WEIGHTS, mlp), 2 * BLOCK_WEIGHTS)
+    return base + max(writing, reference) + SLACK
+
+
 def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, limit: int | None) -> int:
     """Return the largest number of threads with which an export stays below a memory limit.
 
@@ -34,17 +53,8 @@ def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, thre
         MemoryLimitError: One thread needs more than `limit`; the message says how much.
     """
     base = resident_memory()[0] or ASSUMED_BASE
-    dense = (2 * info.num_heads + 2 * info.num_kv_heads) * info.head_dim * info.hidden_size
-    mlp = 3 * expert_width * info.hidden_size  # one expert, or the feed-forward of a dense layer
-    per_token = 4 * info.hidden_size * (3 * (info.num_layers + 1) + 16) + 8 * info.num_layers * (
-        info.num_kv_heads * info.head_dim
-    )
-    # Six bytes per weight: bfloat16 as read, float32 as computed. Head and embedding are read in blocks.
-    reference = 6 * (dense + mlp) + 6 * 2 * BLOCK_WEIGHTS + golden_tokens * (per_token + 64 * info.num_experts)
     for count in range(threads, 0, -1):
-        # A thread holds one block as read, as float32 and as quantised values, plus scratch memory.
-        writing = count * 24 * min(max(BLOCK_WEIGHTS, mlp), 2 * BLOCK_WEIGHTS)
-        needed = base + max(writing, reference) + SLACK
+        needed = needed_memory(info, expert_width, golden_tokens, count, base)
         if limit is None or needed <= limit:
             return count
     assert limit is not None

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import CalibrationInfo, ModelInfo, Requirement, TokenIds
+from edgelm.bundle import CalibrationInfo, ModelInfo, Requirement, TokenIds, capabilities
+from edgelm.bundle.capabilities import Capabilities
 from edgelm.checkpoint import Checkpoint
-from edgelm.export import capabilities
-from edgelm.export.capabilities import Capabilities
 from edgelm.export.options import ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.models.spec import Decoder

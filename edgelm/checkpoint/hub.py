@@ -10,6 +10,7 @@ import fnmatch
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from edgelm.progress import Advance, Progress, Silent
 # Only the files that EdgeLM reads; not pickled copies of the weights, ONNX exports or pictures.
 FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 SUBFOLDERS = "*/*"
+SMALL_FILES = ("config.json", "*.safetensors.index.json")
+"""Files that describe a checkpoint without its weights."""
 WORKERS = 2
 
 
@@ -113,6 +116,48 @@ def _missing_bytes(repo_id: str, revision: str | None) -> int:
         if isinstance(try_to_load_from_cache(repo_id, file.rfilename, revision=info.sha), str)
     }
     return sum(file.size or 0 for file in files if file.rfilename not in cached)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A checkpoint on the hub whose weights are not here.
+
+    Attributes:
+        folder: a folder with its `SMALL_FILES`.
+        commit: the commit of its files.
+        sizes: bytes of each file that a download would fetch.
+        missing: bytes of those that are not in the hub's cache yet.
+        cache: the folder of the hub's cache.
+    """
+
+    folder: Path
+    commit: str
+    sizes: dict[str, int]
+    missing: int
+    cache: Path
+
+
+def describe(repo_id: str, revision: str | None = None) -> Listing:
+    """Fetch what describes the checkpoint `owner/name`, some kilobytes, and the sizes of its files.
+
+    Raises:
+        CheckpointError: huggingface_hub is not installed, or the hub cannot be asked.
+    """
+    name = repo_id + (f"@{revision}" if revision else "")
+    try:
+        import huggingface_hub
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name}: no such folder here; asking the hub about it needs huggingface_hub: {install_hint('export')}"
+        ) from error
+    with _explained(name):
+        info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _wanted(file.rfilename)}
+        folder = huggingface_hub.snapshot_download(
+            repo_id, revision=info.sha, allow_patterns=list(SMALL_FILES), ignore_patterns=[SUBFOLDERS]
+        )
+    return Listing(Path(folder), str(info.sha), sizes, _missing_bytes(repo_id, revision), Path(HF_HUB_CACHE))
 
 
 def download(repo_id: str, revision: str | None = None, progress: Progress | None = None) -> tuple[Path, str]:

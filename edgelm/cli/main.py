@@ -43,7 +43,7 @@ GROUPS = {
         "harness": "Run tasks of lm-evaluation-harness on a bundle.",
     },
     "This machine": {
-        "doctor": "Show what EdgeLM can do here, and what is missing.",
+        "doctor": "Show what EdgeLM can do here, or whether a model fits.",
         "demo": "Export, run and check the tiny models of a checkout.",
     },
 }

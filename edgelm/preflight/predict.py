@@ -68,12 +68,12 @@ class Prediction:
         prompt_tokens, new_tokens: what it is for, as `edgelm bench`.
         threads: CPU threads.
         kv: type of the KV cache.
-        prefill, decode: tokens per second.
-        first_token: seconds until the first token.
+        prefill, decode: tokens per second. Prefill is None where it is not known.
+        first_token: seconds until the first token; None likewise.
         bytes_per_token: bytes that decoding a token reads.
         read_bandwidth: bytes per second that these reads amount to.
         operations: multiply-adds of a prompt token, times two.
-        throughput: operations per second of prefill.
+        throughput: operations per second of prefill; None where it is not known.
         parts: seconds by phase and part.
         source: how it was found: "measured here" or the board's name.
         notes: what the prediction does not know.
@@ -83,13 +83,13 @@ class Prediction:
     new_tokens: int
     threads: int
     kv: str
-    prefill: Range
+    prefill: Range | None
     decode: Range
-    first_token: Range
+    first_token: Range | None
     bytes_per_token: int
     read_bandwidth: float
     operations: int
-    throughput: float
+    throughput: float | None
     parts: dict[str, dict[str, float]]
     source: str
     notes: tuple[str, ...] = ()
@@ -130,6 +130,7 @@ def predict(
     kv: str | None = None,
     threads: int | None = None,
     seconds: float = SECONDS,
+    experts_used: float = 1.0,
 ) -> Prediction:
     """Predict the speed of a native bundle on this CPU.
 
@@ -139,6 +140,8 @@ def predict(
         kv: type of the KV cache; None for the bundle's own.
         threads: CPU threads; None for the physical cores that this process may use.
         seconds: time to measure each of the two phases for.
+        experts_used: share of a layer's experts that a chunk of the prompt reaches. Trained routers reach nearly all;
+            those of random weights prefer some, so that these have more rows.
 
     Raises:
         RuntimeUnavailableError: this installation has no compiled operators.
@@ -147,7 +150,9 @@ def predict(
     if planned.ops != "native":
         raise EdgeLMError(f"the speed of {planned.ops} operators cannot be measured before the bundle exists")
     kv, threads = kv or planned.kv, threads or devices.allowed_cores()
-    prefill = _phase(planned, _prefill(planned, kv, prompt_tokens), threads, seconds, _chunks(prompt_tokens))
+    prefill = _phase(
+        planned, _prefill(planned, kv, prompt_tokens, experts_used), threads, seconds, _chunks(prompt_tokens)
+    )
     position = prompt_tokens + new_tokens / 2
     decode = _phase(planned, _decode(planned, kv, round(position)), threads, seconds, 1)
     head = decode.parts.get("head", 0.0)
@@ -170,6 +175,11 @@ def predict(
     )
 
 
+def nodes(planned: Planned) -> int:
+    """Return the number of operators of a native graph, about."""
+    return _NODES["layer"] * planned.info.num_layers + _NODES["model"]
+
+
 def _shifted(seconds: Range, by: float) -> Range:
     return Range(seconds.value + by, seconds.low + by, seconds.high + by)
 
@@ -189,8 +199,7 @@ def _phase(planned: Planned, shares: Sequence[_Share], threads: int, seconds: fl
     parts: dict[str, float] = {}
     for share, column in zip(shares, zip(*passes, strict=True), strict=True):
         parts[share.part] = parts.get(share.part, 0.0) + share.factor * statistics.median(column)
-    layers = planned.info.num_layers
-    parts["calls"] = calls * (CALL_SECONDS + NODE_SECONDS * (_NODES["layer"] * layers + _NODES["model"]))
+    parts["calls"] = calls * (CALL_SECONDS + NODE_SECONDS * nodes(planned))
     total = sum(parts.values())
     low, high = (value + parts["calls"] for value in (_quantile(times, 0.1), _quantile(times, 0.9)))
     return Phase(Range(total, min(low, total), max(high, total)), parts)
@@ -221,7 +230,7 @@ def _attention(planned: Planned, kv: str, past: int, tokens: int) -> AttentionWo
     return AttentionWork(kv, info.num_heads, info.num_kv_heads, info.head_dim, past, tokens)
 
 
-def _prefill(planned: Planned, kv: str, prompt_tokens: int) -> list[_Share]:
+def _prefill(planned: Planned, kv: str, prompt_tokens: int, experts_used: float) -> list[_Share]:
     """Return the works of one layer for a chunk of the prompt, with the factors for all layers and chunks."""
     chunk = min(prompt_tokens, DEFAULT_CHUNK)
     chunks = prompt_tokens / chunk
@@ -229,10 +238,11 @@ def _prefill(planned: Planned, kv: str, prompt_tokens: int) -> list[_Share]:
     for matmul, layers in _shapes(planned).items():
         if matmul.part == "head":
             continue  # one row: counted with decoding
-        used = min(matmul.count, _EXPERTS)
-        rows = max(1, round(chunk * matmul.active / matmul.count))
+        reached = max(matmul.active, round(matmul.count * experts_used))
+        used = min(reached, _EXPERTS)
+        rows = max(1, round(chunk * matmul.active / reached))
         work = MatmulWork(matmul.matrix, rows, used, int8=matmul.int8)
-        found.append(_Share(work, _part(matmul), chunks * layers * matmul.count / used))
+        found.append(_Share(work, _part(matmul), chunks * layers * reached / used))
         if matmul.part == "qkv":
             attention = _attention(planned, kv, max(0, prompt_tokens - chunk) // 2, chunk)
             found.append(_Share(attention, "attention", chunks * layers))

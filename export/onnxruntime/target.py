@@ -8,12 +8,12 @@ from pathlib import Path
 
 import onnx
 
-from edgelm.bundle import Requirement
+from edgelm.bundle import Requirement, capabilities
+from edgelm.bundle.capabilities import Capabilities
 from edgelm.bundle.ort_providers import CPU, CUDA, Provider
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
-from edgelm.export import activations, capabilities
-from edgelm.export.capabilities import Capabilities
+from edgelm.export import activations
 from edgelm.export.graph.base import LayerOps
 from edgelm.export.graph.decoder import build
 from edgelm.export.graph.native import NativeDecoder

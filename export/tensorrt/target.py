@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgelm.bundle import capabilities
+from edgelm.bundle.capabilities import Capabilities
 from edgelm.errors import DeviceError, ExportError
-from edgelm.export import activations, capabilities
-from edgelm.export.capabilities import Capabilities
+from edgelm.export import activations
 from edgelm.export.graph.decoder import build
 from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder
 from edgelm.export.graph.program_builder import ProgramBuilder

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from edgelm.bundle.capabilities import GPU, NATIVE, PORTABLE, check, missing
 from edgelm.errors import ExportError
-from edgelm.export.capabilities import GPU, NATIVE, PORTABLE, check, missing
 from edgelm.models import decoder as decoder_of
 from edgelm.models.spec import Attention, Decoder, MoE
 from edgelm.runtimes.cuda.kernels.sources import kernels

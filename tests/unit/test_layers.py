@@ -59,7 +59,7 @@ ALLOWED = {
     "bundle": "base models primitives",
     "sampling": "base",
     "runtimes": "base models checkpoint bundle sampling",
-    "preflight": "base models primitives bundle runtimes",
+    "preflight": "base models primitives checkpoint bundle runtimes",
     "generation": "base tokenization bundle sampling runtimes",
     "reference": "base models checkpoint",
     "weights": "base models primitives checkpoint",
@@ -74,8 +74,8 @@ ALLOWED = {
     "export": "base models primitives checkpoint tokenization bundle runtimes reference weights methods parity",
     "benchmark": "base bundle sampling runtimes",
     "edgelm": "base bundle generation parity",
-    "cli": "base primitives models checkpoint tokenization bundle sampling runtimes generation weights methods pages "
-    "parity evaluation comparison synth export benchmark edgelm",
+    "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "
+    "methods pages parity evaluation comparison synth export benchmark edgelm",
 }
 """The parts that a part may import."""
 

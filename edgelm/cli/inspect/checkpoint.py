@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.errors import EdgeLMError
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import CheckpointFiles
-    from edgelm.models import Family
-    from edgelm.models.spec import Decoder
     from edgelm.quant.source import WeightSource
 
 _SHOWN = {
@@ -64,14 +62,13 @@ def _input_scales(source: WeightSource) -> int:
 
 def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, list[str]]:
     """Return the family, the tensors if they can be opened, and every reason against an export."""
-    from edgelm.checkpoint import Checkpoint, family_of
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.preflight.subject import spec_of
     from edgelm.quant.source import WeightSource
 
-    try:
-        found = family_of(files.config)
-    except CheckpointError as error:
-        return None, None, [_said(error, files)]
-    config, refused = _config(found, files)
+    family, config, refused = spec_of(files.config)
+    if family is None:
+        return None, None, [_without_folder(reason, files) for reason in refused]
     source = None
     try:
         # Not closed: the command reads from it until it ends.
@@ -81,20 +78,7 @@ def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, li
     except EdgeLMError as error:
         refused.append(_said(error, files))
     refused += _tokenizer(files, None if config is None else config.vocab_size)
-    return found.name, source, list(dict.fromkeys(refused))
-
-
-def _config(family: Family, files: CheckpointFiles) -> tuple[Decoder | None, list[str]]:
-    """Return the decoder without the fields that are not implemented (None if impossible), and reasons against it."""
-    from edgelm.models.unsupported_fields import not_implemented
-
-    offending = not_implemented(files.config, family.keys)
-    refused = [f"config.json: {problem}: not implemented" for problem in offending.values()]
-    try:
-        wanted = {key: value for key, value in files.config.items() if key not in offending}
-        return family.spec(wanted), refused
-    except CheckpointError as error:
-        return None, [*refused, _said(error, files)]
+    return family, source, list(dict.fromkeys(_without_folder(reason, files) for reason in refused))
 
 
 def _tokenizer(files: CheckpointFiles, rows: int | None) -> list[str]:
@@ -111,9 +95,12 @@ def _tokenizer(files: CheckpointFiles, rows: int | None) -> list[str]:
 
 
 def _said(error: EdgeLMError, files: CheckpointFiles) -> str:
+    return _without_folder(str(error), files)
+
+
+def _without_folder(reason: str, files: CheckpointFiles) -> str:
     """Return the message without the folder, which is printed once above."""
-    folder = str(files.path)
-    return str(error).removeprefix(folder).lstrip(":/ ")
+    return reason.removeprefix(str(files.path)).lstrip(":/ ")
 
 
 def checkpoint_rows(document: Mapping[str, Any], *, verbose: bool = False) -> list[tuple[str, str]]:
