@@ -33,6 +33,7 @@ GROUPS = {
         "run": "Generate text that continues a prompt.",
         "chat": "Chat with a model.",
         "install": "Copy a bundle to where an app loads it, and check it.",
+        "package": "Write a kit: a bundle and what runs it on a device offline.",
     },
     "Check and measure": {
         "parity": "Check that this device computes the same model as the reference.",

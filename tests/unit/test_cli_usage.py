@@ -18,7 +18,7 @@ from edgelm.cli.main import ALIASES, VERBS, cli
 # Options whose value is free text: only a file, a model or the hub shows what is wrong with it.
 FREE = {
     *("calibration", "checkpoint", "checkpoints", "messages", "out", "parity_prompts", "reference", "report_path"),
-    *("stop", "system", "text"),
+    *("dist", "stop", "system", "text", "wheels"),
 }
 # Options with a check of their own, tested by the table below.
 OWN = {"schemes"}
@@ -50,7 +50,7 @@ def least_arguments(verb: str) -> list[str]:
         if isinstance(param, click.Argument) and param.required:
             found.append("olmoe-1b-7b" if isinstance(param.type, click.Choice) else "nowhere")
         elif isinstance(param, click.Option) and param.required:
-            found += [param.opts[0], "somewhere"]
+            found += [param.opts[0], param.type.choices[0] if isinstance(param.type, click.Choice) else "somewhere"]
     return found
 
 

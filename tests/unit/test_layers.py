@@ -46,6 +46,7 @@ LAYERS = {
     "synth": "synth",
     "export": "export",
     "benchmark": "benchmark",
+    "kit": "kit",
     "edgelm": "edgelm",
     "cli": "cli __main__",
 }
@@ -73,9 +74,10 @@ ALLOWED = {
     "synth": "base models checkpoint",
     "export": "base models primitives checkpoint tokenization bundle runtimes reference weights methods parity",
     "benchmark": "base bundle sampling runtimes",
+    "kit": "base bundle",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "
-    "methods pages parity evaluation comparison synth export benchmark edgelm",
+    "methods pages parity evaluation comparison synth export benchmark kit edgelm",
 }
 """The parts that a part may import."""
 
@@ -96,6 +98,7 @@ PACKAGES = {
     "lm_eval": "evaluation",
     "tqdm": "evaluation",
     "pytest": "parity",
+    "packaging": "kit",
 }
 """Third-party packages and the parts that import them, without numpy."""
 
