@@ -7,12 +7,15 @@ is measured in the same process, with the same number of threads, after the mode
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,13 @@ from edgelm.bundle import Bundle, Manifest
 from edgelm.bundle.reads import cache_bytes, weight_bytes_per_token
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.sampling import Sampler, Sampling
+from edgelm.measuring.energy import Meter
 from edgelm.progress import Progress, Silent
-from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
+from edgelm.runtimes import Runtime, SequenceBatch, engine_of, open_batch, open_runtime
+from edgelm.runtimes.onnxruntime.native_library import kernels_of
+from edgelm.version import __version__
 
+FORMAT, FORMAT_VERSION = "edgelm-bench", 1
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 _READ_BYTES = 512 << 20
 _READ_REPEATS = 5
@@ -51,6 +58,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """Energy of the machine's CPU in joules per token, of all sequences together; `source` says what was measured."""
+
+    prefill_joules_per_token: Spread
+    decode_joules_per_token: Spread
+    source: str
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """Result of `bench`. Units: seconds, tokens per second, bytes, bytes per second.
 
@@ -64,6 +80,9 @@ class BenchResult:
         machine_bandwidth: bytes per second that the memory can deliver. None where too little memory is free to
             measure it.
         notes: differences from the usual measurement, one sentence each.
+        sha256: hash of each file of the bundle, from its manifest.
+        isa, engine, created, made_by: as those of `edgelm.parity.result.ParityReport`.
+        energy: energy of a token; None where it cannot be measured, for which `energy_problem` has the reason.
     """
 
     bundle: str
@@ -91,6 +110,13 @@ class BenchResult:
     load_average: float | None
     device: devices.Device
     notes: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
+    isa: str | None = None
+    engine: str | None = None
+    energy: Energy | None = None
+    energy_problem: str | None = None
+    created: str = ""
+    made_by: str = ""
 
     @property
     def bandwidth_share(self) -> float | None:
@@ -101,7 +127,8 @@ class BenchResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return {**asdict(self), "bandwidth_share": self.bandwidth_share, "device": self.device.as_dict()}
+        document = {**asdict(self), "bandwidth_share": self.bandwidth_share, "device": self.device.as_dict()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **document}
 
 
 def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
@@ -219,99 +246,216 @@ def bench(
             raise EdgeLMError(f"{name} is {value}: give 1 or more")
     progress = progress or Silent()
     bundle = Bundle.open(path)
-    model, notes = bundle.manifest.model, []
-    asked = (prompt_tokens, new_tokens)
-    prompt_tokens, new_tokens = choose_tokens(prompt_tokens, new_tokens, model.context_length)
-    if (prompt_tokens, new_tokens) != (asked[0] or PROMPT_TOKENS, asked[1] or NEW_TOKENS):
-        notes.append(
-            f"the model's context of {model.context_length:,} has no room for the usual {PROMPT_TOKENS} prompt and "
-            f"{NEW_TOKENS} new tokens: measured with {prompt_tokens} and {new_tokens}"
-        )
-    context = prompt_tokens + new_tokens
+    lengths, notes = counted_tokens(bundle.manifest, prompt_tokens, new_tokens)
+    settings = Settings(bundle, runtime, threads, kv, batch, weight_memory)
     before, _ = devices.resident_memory()
-    started = time.perf_counter()
-    opened: Runtime | SequenceBatch
-    options = {"threads": threads, "context_length": context, "kv": kv, "weight_memory": weight_memory}
-    opened = open_runtime(bundle, runtime, **options) if batch == 1 else open_batch(bundle, batch, runtime, **options)
-    load_seconds = time.perf_counter() - started
-    loaded, _ = devices.resident_memory()
-    with opened:
-        # Random tokens: an MoE model routes them over all its experts, and no tokenizer has an advantage.
-        prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt_tokens)).tolist()
-        runs = []
+    with Session(settings, sum(lengths)) as session:
+        loaded, _ = devices.resident_memory()
         with progress.task("measuring", repeat + 1, unit="steps") as advance:
+            runs = []
             for _ in range(repeat + 1):
-                if isinstance(opened, Runtime):
-                    runs.append(_run(opened, prompts[0], new_tokens))
-                else:
-                    runs.append(_run_batch(opened, prompts, new_tokens))
+                runs.append(session.run(*lengths))
                 advance(1)
         used, peak = devices.resident_memory()
-        device_bandwidth = opened.device_bandwidth()
-        counted = runs[1:]
-        threads_used, name = opened.threads, opened.name
-    del opened
+        resident = Resident(before, loaded, used, peak)
+        result = session.result(*lengths, runs[1:], [session.load_seconds], resident, notes)
     gc.collect()
-    decode = Spread.of([run.decode_rate for run in counted])
-    bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2, kv)
-    on_cpu = bundle.manifest.target == "cpu"
-    from_memory = batch == 1 and (not on_cpu or exceeds_caches(bytes_read))
-    return BenchResult(
-        bundle=str(bundle.path),
-        model=model.name,
-        recipe=bundle.manifest.recipe.name,
-        runtime=name,
-        threads=threads_used,
-        ops=bundle.manifest.ops,
-        kv=kv or bundle.manifest.graph.kv_dtype,
-        batch=batch,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        load_seconds=load_seconds,
-        prefill_tokens_per_second=Spread.of([batch * prompt_tokens / run.prefill for run in counted]),
-        time_to_first_token=Spread.of([run.first for run in counted]),
-        decode_tokens_per_second=decode,
-        resident_before_load=before,
-        resident_after_load=loaded,
-        resident_after_run=used,
-        resident_peak=peak,
-        files={file: info.size for file, info in bundle.manifest.files.items()},
-        bytes_per_token=bytes_read,
-        decode_bandwidth=bytes_read * decode.median if from_memory else None,
-        machine_bandwidth=memory_bandwidth(threads_used) if on_cpu else device_bandwidth,
-        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        device=devices.describe(),
-        notes=tuple(notes),
+    if bundle.manifest.target != "cpu":
+        return result
+    return replace(result, machine_bandwidth=memory_bandwidth(result.threads))
+
+
+def counted_tokens(manifest: Manifest, prompt: int | None, new: int | None) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Return the numbers of prompt and new tokens to measure with, and a note where they are not the usual ones.
+
+    Raises:
+        ContextLengthError: as `choose_tokens`.
+    """
+    context = manifest.model.context_length
+    chosen = choose_tokens(prompt, new, context)
+    if chosen == (prompt or PROMPT_TOKENS, new or NEW_TOKENS):
+        return chosen, ()
+    return chosen, (
+        f"the model's context of {context:,} has no room for the usual {PROMPT_TOKENS} prompt and {NEW_TOKENS} new "
+        f"tokens: measured with {chosen[0]} and {chosen[1]}",
     )
 
 
 @dataclass(frozen=True)
-class _Run:
+class Settings:
+    """What a bundle is loaded with; None for the runtime's default."""
+
+    bundle: Bundle
+    runtime: str | None = None
+    threads: int | None = None
+    kv: str | None = None
+    batch: int = 1
+    weight_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Resident memory in bytes; None where it is not known."""
+
+    before_load: int | None
+    after_load: int | None
+    after_run: int | None
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run: seconds, tokens per second, joules per token (NaN without a meter)."""
+
     prefill: float
     first: float
     decode_rate: float
+    prefill_joules: float
+    decode_joules: float
 
 
-def _run(runtime: Runtime, prompt: list[int], new_tokens: int) -> _Run:
+class Session:
+    """A loaded bundle that runs are measured with. Use it as a context manager.
+
+    Args:
+        settings: what to load.
+        context: positions of the KV cache.
+        meter: measures energy; None for the machine's own.
+
+    Raises:
+        BundleError, RuntimeUnavailableError, EdgeLMError: as `edgelm.load`.
+    """
+
+    def __init__(self, settings: Settings, context: int, meter: Meter | None = None) -> None:
+        self.settings = settings
+        self.meter = meter or Meter()
+        started = time.perf_counter()
+        options = {
+            "threads": settings.threads, "context_length": context, "kv": settings.kv,
+            "weight_memory": settings.weight_memory,
+        }  # fmt: skip
+        bundle, runtime = settings.bundle, settings.runtime
+        self._model: Runtime | SequenceBatch = (
+            open_runtime(bundle, runtime, **options)
+            if settings.batch == 1
+            else open_batch(bundle, settings.batch, runtime, **options)
+        )
+        self.load_seconds = time.perf_counter() - started
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._model.close()
+
+    @cached_property
+    def _bandwidth(self) -> float | None:
+        on_cpu = self.settings.bundle.manifest.target == "cpu"
+        return None if on_cpu else self._model.device_bandwidth()
+
+    def run(self, prompt_tokens: int, new_tokens: int) -> Run:
+        """Prefill and decode once."""
+        settings, model = self.settings, self._model
+        # Random tokens: an MoE model routes them over all its experts, and no tokenizer has an advantage.
+        size = (settings.batch, prompt_tokens)
+        prompts = np.random.default_rng(0).integers(0, settings.bundle.manifest.model.vocab_size, size).tolist()
+        if isinstance(model, Runtime):
+            return _run(model, prompts[0], new_tokens, self.meter)
+        return _run_batch(model, prompts, new_tokens, self.meter)
+
+    def result(
+        self,
+        prompt_tokens: int,
+        new_tokens: int,
+        runs: Sequence[Run],
+        loads: Sequence[float],
+        resident: Resident,
+        notes: Sequence[str] = (),
+    ) -> BenchResult:
+        """Summarise runs, of which there must be at least one; without the machine's bandwidth, on a CPU."""
+        settings, model = self.settings, self._model
+        manifest = settings.bundle.manifest
+        decode = Spread.of([run.decode_rate for run in runs])
+        bytes_read = bytes_per_token(manifest, prompt_tokens + new_tokens / 2, settings.kv)
+        from_memory = settings.batch == 1 and (manifest.target != "cpu" or exceeds_caches(bytes_read))
+        energy = None
+        if self.meter.problem is None and all(math.isfinite(run.prefill_joules + run.decode_joules) for run in runs):
+            energy = Energy(
+                Spread.of([run.prefill_joules for run in runs]),
+                Spread.of([run.decode_joules for run in runs]),
+                self.meter.source,
+            )
+        return BenchResult(
+            bundle=str(settings.bundle.path),
+            model=manifest.model.name,
+            recipe=manifest.recipe.name,
+            runtime=model.name,
+            threads=model.threads,
+            ops=manifest.ops,
+            kv=settings.kv or manifest.graph.kv_dtype,
+            batch=settings.batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            load_seconds=statistics.median(loads),
+            prefill_tokens_per_second=Spread.of([settings.batch * prompt_tokens / run.prefill for run in runs]),
+            time_to_first_token=Spread.of([run.first for run in runs]),
+            decode_tokens_per_second=decode,
+            resident_before_load=resident.before_load,
+            resident_after_load=resident.after_load,
+            resident_after_run=resident.after_run,
+            resident_peak=resident.peak,
+            files={file: info.size for file, info in manifest.files.items()},
+            bytes_per_token=bytes_read,
+            decode_bandwidth=bytes_read * decode.median if from_memory else None,
+            machine_bandwidth=self._bandwidth,
+            load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            device=devices.describe(),
+            notes=tuple(notes),
+            sha256={file: info.sha256 for file, info in manifest.files.items()},
+            isa=kernels_of(manifest.ops),
+            engine=engine_of(model.name),
+            energy=energy,
+            energy_problem=None if energy else self.meter.problem or "a counter could not be read",
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            made_by=f"edgelm {__version__}",
+        )
+
+
+def _run(runtime: Runtime, prompt: list[int], new_tokens: int, meter: Meter) -> Run:
     runtime.reset()
+    meter.joules()
     started = time.perf_counter()
     logits = runtime.prefill(prompt)
     prefilled = time.perf_counter()
     token = int(logits.argmax())
     first = time.perf_counter()
+    prefill_joules = meter.joules()
+    decoding = time.perf_counter()
     for _ in range(new_tokens):
         token = runtime.decode_greedy(token)
-    return _Run(prefilled - started, first - started, new_tokens / (time.perf_counter() - first))
+    rate = new_tokens / (time.perf_counter() - decoding)
+    joules = meter.joules()
+    return Run(prefilled - started, first - started, rate, prefill_joules / len(prompt), joules / new_tokens)
 
 
-def _run_batch(batch: SequenceBatch, prompts: list[list[int]], new_tokens: int) -> _Run:
+def _run_batch(batch: SequenceBatch, prompts: list[list[int]], new_tokens: int, meter: Meter) -> Run:
     for row in range(len(prompts)):
         batch.truncate(row, 0)
+    meter.joules()
     started = time.perf_counter()
     tokens = [int(batch.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
     prefilled = time.perf_counter()
+    prefill_joules = meter.joules()
     greedy: list[Sampler | None] = [Sampler(Sampling())] * len(prompts)
+    decoding = time.perf_counter()
     for _ in range(new_tokens):
         tokens = batch.decode_sampled(tokens, greedy)
-    decoded = time.perf_counter() - prefilled
-    return _Run(prefilled - started, prefilled - started, len(prompts) * new_tokens / decoded)
+    rate = len(prompts) * new_tokens / (time.perf_counter() - decoding)
+    joules = meter.joules()
+    count = len(prompts)
+    seconds = prefilled - started
+    return Run(seconds, seconds, rate, prefill_joules / (count * len(prompts[0])), joules / (count * new_tokens))

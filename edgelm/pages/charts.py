@@ -93,7 +93,7 @@ def line_chart(
         share: the values are shares: an axis from 0 to 100 %.
         spans: labelled sections of the horizontal axis, in place of numbers.
         flag: a marked place.
-        x_names: names of values of the horizontal axis, in place of numbers.
+        x_names: names of values of the horizontal axis, in place of numbers; if every point has one, no others.
         scale: further values that the vertical axis covers, so that several charts have one scale.
         floor: smaller values are drawn at the end of a logarithmic axis.
     """
@@ -104,8 +104,12 @@ def line_chart(
 
     def draw(frame: Frame) -> Drawing:
         y_axis = value_axis(frame, [*values, *scale], log=log, floor=floor, given=(0.0, 1.0) if share else None)
-        x_axis = Axis(min(positions), max(positions), *frame.x_range)
-        shapes, key = _spans(frame, spans, x_axis) if spans else (_x_ticks(frame, x_axis, x_names or {}), [])
+        named = x_names is not None and set(positions) <= x_names.keys()
+        first, last = frame.x_range
+        if x_names is not None and named:  # room for the name of the last point
+            last = min(last, round(frame.width - text_width(x_names[max(positions)]) / 2))
+        x_axis = Axis(min(positions), max(positions), first, last)
+        shapes, key = _spans(frame, spans, x_axis) if spans else (_x_ticks(frame, x_axis, x_names or {}, named), [])
         shapes += value_grid(frame, y_axis, share=share, below=log and min(values) < y_axis.low)
         for item in series:
             shapes += _curve(item, x_axis, y_axis, x_names or {})
@@ -115,11 +119,12 @@ def line_chart(
     return Figure(title, [draw(frame) for frame in LAYOUTS], x_label, y_label, legend)
 
 
-def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> list[Shape]:
+def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str], only_names: bool) -> list[Shape]:
     low, high = math.ceil(axis.low), math.floor(axis.high)
     # As many numbers as fit.
     room = (axis.last - axis.first) / (text_width(f"{high:,}") + 2 * GAP)
     ticks = nice_ticks(low, high, max(1, int(room))) if high > low else [low]
+    ticks = [] if only_names else ticks
     places = sorted({*names, *(tick for tick in ticks if tick == int(tick))})
     return ticks_below(frame, [(axis.at(x), names.get(x, f"{x:,.0f}")) for x in places if axis.low <= x <= axis.high])
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from edgelm.benchmark import BenchResult, Energy, Spread
 from edgelm.comparison.compare import Comparison
 from edgelm.comparison.documents import to_documents
 from edgelm.comparison.entries import entries_of
+from edgelm.devices import describe
 from edgelm.evaluation.result import (
     Divergence,
     Estimate,
@@ -21,6 +25,7 @@ from edgelm.evaluation.result import (
     TargetResult,
     TextResult,
 )
+from edgelm.measuring.matrix import Matrix, Skipped
 from edgelm.parity.result import Check, Diagnosis, FloatLoss, LayerResult, ParityReport, PromptResult
 from edgelm.parity.result import Speed as CheckSpeed
 
@@ -197,7 +202,31 @@ def boards(count: int, name: str, layers: int = 4) -> Comparison:
     return comparison(reports, **{f"{name} {i}": {"threads": i + 1, "isa": "neon-i8mm"} for i in range(count)})
 
 
+def benches(bundles: Sequence[str], prompts: Sequence[int], energy: bool = False) -> Matrix:
+    """Return benchmarks of bundles with these lengths of the prompt; the last combination was left out."""
+    results = []
+    for index, (name, length) in enumerate(itertools.product(bundles, prompts)):
+        speed = Spread.of([4000.0 / (index + 1), 5000.0 / (index + 1)])
+        results.append(
+            BenchResult(
+                bundle=f"/bundles/{name}", model="olmoe-tiny", recipe="int4", runtime="onnxruntime-cpu",
+                threads=2 + index % 2, ops="native", kv="float16", batch=1, prompt_tokens=length, new_tokens=128,
+                load_seconds=0.5, prefill_tokens_per_second=speed, time_to_first_token=speed,
+                decode_tokens_per_second=speed, resident_before_load=None, resident_after_load=None,
+                resident_after_run=1_300_000_000, resident_peak=None, files={"model.onnx.data": 1_179_463_680},
+                bytes_per_token=954_548_288, decode_bandwidth=None, machine_bandwidth=None, load_average=0.5,
+                device=describe(), energy=Energy(speed, speed, "RAPL package-0") if energy else None,
+                energy_problem=None if energy else "this machine has no energy counters",
+            )
+        )  # fmt: skip
+    left_out = Skipped(results[-1].bundle, None, 2, None, 1, 4096, "4096 prompt tokens do not fit")
+    return Matrix(tuple(results), (left_out,), True, False, ("all models stay loaded, and their runs take turns",))
+
+
 PAGES = {
+    "benches": lambda: benches(["olmoe-int4", "olmoe-int8"], [128, 512, 2048], energy=True),
+    "benches-many": lambda: benches([f"{LONG}-{i}" for i in range(8)], [1, 2, 500, 512, 513, 16384]),
+    "benches-one": lambda: benches(["a"], [512]),
     "compared": lambda: boards(3, "pi"),
     "compared-many": lambda: boards(14, LONG, 32),
     "compared-evil": lambda: comparison(
@@ -218,8 +247,12 @@ PAGES = {
 """The sample reports, by name."""
 
 
-def render(report: ParityReport | EvaluationReport | Comparison) -> str:
+def render(report: ParityReport | EvaluationReport | Comparison | Matrix) -> str:
     """Return the page of a report of any kind."""
+    if isinstance(report, Matrix):
+        from edgelm.measuring.report import render as measured
+
+        return measured(report)
     if isinstance(report, Comparison):
         from edgelm.comparison.report import render as compared
 

@@ -24,7 +24,7 @@ OPEN_ENDED = {"edgelm/models": "one file per model"}
 
 LAYERS = {
     "base": "errors sizes slices output_paths files installing devices progress progress_bar json_dataclass corpus "
-    "version platforms",
+    "version platforms measuring.energy",
     "models": "models",
     "primitives": "quant.scheme quant.tensor quant.primitives quant.fp8 quant.native quant.codec quant.recipe "
     "quant.quality",
@@ -46,6 +46,7 @@ LAYERS = {
     "synth": "synth",
     "export": "export",
     "benchmark": "benchmark",
+    "measuring": "measuring",
     "kit": "kit",
     "edgelm": "edgelm",
     "cli": "cli __main__",
@@ -74,10 +75,11 @@ ALLOWED = {
     "synth": "base models checkpoint",
     "export": "base models primitives checkpoint tokenization bundle runtimes reference weights methods parity",
     "benchmark": "base bundle sampling runtimes",
+    "measuring": "base bundle pages benchmark",
     "kit": "base bundle",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "
-    "methods pages parity evaluation comparison synth export benchmark kit edgelm",
+    "methods pages parity evaluation comparison synth export benchmark measuring kit edgelm",
 }
 """The parts that a part may import."""
 

@@ -1,0 +1,1 @@
+"""What `edgelm bench` measures: several bundles and settings side by side, and energy."""
