@@ -8,6 +8,8 @@
 #             ONLY=files tries one area, or the files whose path has the word
 # make coverage  which lines of Python the tests run, by package, and the files with most lines left; takes an hour
 # make python310  what runs on a device with Python 3.10 (JetPack 6), on a real one: PYTHON310=python3.10
+# make test-windows  everything compiled for Windows by zig and run under wine; skipped where they are missing. Takes half
+#             an hour, and is no part of `make test`
 # make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed
 #
 # Building and testing need Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
@@ -30,9 +32,9 @@ CPP := $(shell find runtimes/csrc tests examples -name '*.cc' -o -name '*.h' -o 
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 OTHER_TESTS := tests/unit tests/arm $(GPU_TESTS)  # what has a target of its own
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
-    $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
+    $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt system,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-windows test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -68,6 +70,10 @@ test-cpp: kernel
 test-arm: $(INSTALLED) kernel
 	runtimes/csrc/tests/arm.sh
 	$(BIN)/pytest -q -rs tests/arm
+
+# The same for Windows, cross-compiled and run under wine, and parity of the tiny bundles; needs ziglang and wine64.
+test-windows: $(INSTALLED) kernel
+	PYTHON=$(BIN)/python EDGELM=$(BIN)/edgelm runtimes/csrc/tests/windows/run.sh
 
 test-python: test-unit test-export
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelm.system import windows
+
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
 # The instruction sets that the choice of kernels depends on.
@@ -55,9 +57,10 @@ def describe() -> Device:
     return Device(
         cpu=_cpu_name(),
         architecture=platform.machine(),
-        system=f"{platform.system()} {platform.release()}",
+        # Windows 11 has the release 10 and is told by its build number.
+        system=f"{platform.system()} {platform.version() if sys.platform == 'win32' else platform.release()}",
         logical_cores=logical,
-        physical_cores=_physical_cores(set(range(logical))) or logical,
+        physical_cores=_physical_cores(None if sys.platform == "win32" else set(range(logical))) or logical,
         allowed_cores=allowed_cores(),
         memory_total=memory_total,
         memory_available=memory_available,
@@ -94,23 +97,34 @@ def thread_problem(threads: int) -> str | None:
 def _allowed_logical() -> set[int]:
     if sys.platform == "linux":
         return os.sched_getaffinity(0)
+    if sys.platform == "win32" and (mask := windows.affinity()) is not None:
+        return {bit for bit in range(64) if mask >> bit & 1}
     return set(range(os.cpu_count() or 1))
 
 
-def _physical_cores(logical: set[int]) -> int | None:
-    """Count the physical cores of these logical CPUs; None where the system does not say."""
+def _physical_cores(logical: set[int] | None) -> int | None:
+    """Count the physical cores of these logical CPUs; None where the system does not say.
+
+    On Windows, None stands for all; and if the machine has several groups of CPUs, all are counted anyway.
+    """
+    if sys.platform == "win32":
+        cores = windows.cores()
+        if logical is not None and windows.affinity() is not None:
+            cores = [core for core in cores if core & logical]
+        return len(cores) or None
+    assert logical is not None
     if sys.platform == "darwin":
         text = _sysctl("hw.physicalcpu")
         return int(text) if text.isdigit() else None
-    cores = set()
+    found = set()
     for cpu in logical:
         topology = _CPU / f"cpu{cpu}" / "topology"
         # Core ids repeat over dies and clusters; the list of sibling threads identifies a core.
         siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
         if not siblings:
             return None
-        cores.add(siblings)
-    return len(cores)
+        found.add(siblings)
+    return len(found)
 
 
 def cache_bytes() -> int | None:
@@ -189,29 +203,15 @@ def _memory() -> tuple[int | None, int | None]:
         text = _sysctl("hw.memsize")
         return (int(text) if text.isdigit() else None), None
     if sys.platform == "win32":
-        return _windows_memory()
+        return windows.memory()
     return None, None
-
-
-def _windows_memory() -> tuple[int | None, int | None]:
-
-    class Status(ctypes.Structure):
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *((name, ctypes.c_ulonglong) for name in ("total", "available", "a", "b", "c", "d", "e")),
-        )
-
-    status = Status(length=ctypes.sizeof(Status))
-    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 - the attribute exists on Windows only
-    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None, None
-    return int(status.total), int(status.available)
 
 
 def _cpu_name() -> str:
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    if sys.platform == "win32":
+        return windows.cpu_name() or platform.processor() or platform.machine()
     text = _read(Path("/proc/cpuinfo"))
     match = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
     name = match.group(1).strip() if match else _read(Path("/proc/device-tree/model")).strip("\0")
@@ -245,6 +245,8 @@ def _instruction_sets() -> tuple[str, ...]:
         text = _sysctl("machdep.cpu.features") + " " + _sysctl("machdep.cpu.leaf7_features")
         flags = set(text.lower().replace("fma", "fma ").split())
         flags |= {"asimd"} if platform.machine() == "arm64" else set()
+    elif sys.platform == "win32":
+        flags = windows.instruction_sets()
     else:
         match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
         flags = set(match.group(1).split()) if match else set()
@@ -261,7 +263,7 @@ def resident_memory() -> tuple[int | None, int | None]:
             return int(fields["VmRSS"]) * 1024, int(fields.get("VmHWM", fields["VmRSS"])) * 1024
         return None, None
     if sys.platform == "win32":
-        return None, None
+        return windows.process_memory()
     import resource
 
     # macOS reports bytes, the BSDs kilobytes.

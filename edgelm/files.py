@@ -148,6 +148,9 @@ def atomic_file(
             with _explained(place):
                 descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             _lock(descriptor, f"another run is writing {place}: run the command again")
+            if os.name != "posix":  # there an open file cannot be renamed, and is not locked anyway
+                os.close(descriptor)
+                descriptor = -1
             yield partial
             sync(partial)
             checked()
@@ -242,6 +245,9 @@ def _exclusive(place: Path) -> Iterator[bool]:
         else:
             yield locked
     finally:
+        if descriptor >= 0 and os.name != "posix":  # there an open file cannot be removed
+            os.close(descriptor)
+            descriptor = -1
         if ours:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -454,7 +460,8 @@ def sync_folder(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Sync a file's contents to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only files that are open for writing.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from edgelm.errors import EdgeLMError
 
+LIBRARY_SUFFIX = ".dll" if sys.platform == "win32" else ".so"
+"""How the names of our compiled libraries end in a wheel of this system (EDGELM_MODULE_SUFFIX in CMake)."""
+
 
 @dataclass(frozen=True)
 class Platform:

@@ -267,7 +267,7 @@ def _write_manifest(job: ExportJob, folder: Path, tensors: tuple[TensorEntry, ..
         requires=plan.graphs.requires,
         created=_created(),
     )
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
 
 
 def _created() -> str | None:

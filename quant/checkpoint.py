@@ -298,4 +298,6 @@ def copy_companions(source: Path, folder: Path) -> None:
 def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
     entry = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "recipe": recipe.to_toml()}
     config = {**checkpoint.config, "quantization_config": entry}
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / _CONFIG).write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
+from edgelm.platforms import LIBRARY_SUFFIX
 from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
 ABI = 4
-LIBRARY = "_edgelm_quant.so"
+LIBRARY = f"_edgelm_quant{LIBRARY_SUFFIX}"
 LIBRARY_VARIABLE = "EDGELM_QUANT_LIBRARY"
 """Environment variable: path of a library to load instead of the installed one; empty for no library."""
 

@@ -233,7 +233,9 @@ class ShardedWriter:
         if len(self.files) > 1:
             total = sum(spec.nbytes for spec in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n"
+            )
 
     def __enter__(self) -> ShardedWriter:
         """Close the files at the end of the block."""

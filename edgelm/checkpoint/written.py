@@ -16,7 +16,9 @@ _FORMAT = "edgelm-checkpoint"
 def _seal(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     data = {"format": _FORMAT, "files": [*names, FILE_LIST]}
-    (folder / FILE_LIST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FILE_LIST).write_text(
+        json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def _unknown_content(folder: Path) -> str | None:

@@ -203,5 +203,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a terminal's encoding lacks; they must not end the program.
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            # UTF-8 as on other systems, also in a file or pipe, for which Windows has an encoding of the country.
+            encoding = "utf-8" if sys.platform == "win32" else None
+            stream.reconfigure(encoding=encoding, errors="replace")
     cli(prog_name="edgelm")

@@ -78,7 +78,7 @@ def recipe(
         **given(tokens=tokens, schemes=candidates),
     )
     with atomic_file(out, RECIPE, sources=[checkpoint], overwrite=overwrite) as partial:
-        partial.write_text(result.toml, encoding="utf-8")
+        partial.write_text(result.toml, encoding="utf-8", newline="\n")
     seconds = time.monotonic() - start
     if as_json:
         click.echo(json.dumps(_document(result, out, seconds)))

@@ -45,7 +45,7 @@ def write_page(page: str, path: Path) -> None:
         EdgeLMError: `path` is something other than a report, or its folder does not exist.
     """
     with atomic_file(path, REPORT, overwrite=True) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", newline="\n")
 
 
 @cache

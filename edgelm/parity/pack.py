@@ -233,7 +233,7 @@ class ParityPack:
         if self.rounded is not None:
             index["rounded"] = {"kv": self.rounded.kv}
         text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        (folder / INDEX_FILE).write_text(text, encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, folder: Path) -> ParityPack:

@@ -188,7 +188,7 @@ def _write_tokenizer(config: dict[str, Any], folder: Path, *, renamed_eos: bool)
 
 
 def _dump_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _write(

@@ -94,7 +94,7 @@ def _byte_characters() -> list[str]:
 
 
 def _dump(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def _added_token(index: int, content: str, special: bool) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def write_messages(path: Path | str, messages: Sequence[Mapping[str, Any]]) -> N
 
     text = json.dumps([dict(message) for message in messages], ensure_ascii=False, indent=1) + "\n"
     with atomic_file(path, OutputKind("a conversation", _no_conversation, is_folder=False), overwrite=True) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _no_conversation(path: Path) -> str | None:

@@ -80,7 +80,9 @@ class OnnxRuntimeTarget(Target):
         def finish(folder: Path, job: ExportJob) -> None:
             generation = read_optional_json(folder / "generation_config.json")
             config = genai_config(job.plan.info, job.plan.tokens, GRAPH_FILE, generation, self.provider.session)
-            (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            (folder / "genai_config.json").write_text(
+                json.dumps(config, indent=1) + "\n", encoding="utf-8", newline="\n"
+            )
 
         return self._graphs(request, graph, weights, ops, model.debug_outputs, kv, finish)
 

@@ -47,11 +47,12 @@ class Slot:
 class SlotWriter:
     """Writes the bytes of a slot's tensor, in order."""
 
-    def __init__(self, slot: Slot, descriptor: int) -> None:
+    def __init__(self, slot: Slot, descriptor: int, lock: threading.Lock) -> None:
         self.slot = slot
         self.written = 0
         self.crc32 = 0
         self._descriptor = descriptor
+        self._lock = lock
 
     def append(self, block: NDArray[Any]) -> None:
         """Write the next rows; their dtype must be the slot's."""
@@ -60,9 +61,16 @@ class SlotWriter:
         self.crc32 = zlib.crc32(data, self.crc32)
         assert self.written + len(data) <= self.slot.size, f"{self.slot.name} is larger than planned"
         while data:
-            count = os.pwrite(self._descriptor, data, self.slot.offset + self.written)
+            count = self._write_some(data, self.slot.offset + self.written)
             self.written += count
             data = data[count:]
+
+    def _write_some(self, data: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._descriptor, data, offset)
+        with self._lock:  # Windows has no pwrite
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.write(self._descriptor, data[: 1 << 30])
 
 
 Fill = Callable[[WeightSource, Sequence[SlotWriter], Advance], None]
@@ -117,7 +125,7 @@ class WeightsPlan:
         """
         entries: dict[str, TensorEntry] = {}
         stop = threading.Event()
-        lock = threading.Lock()
+        lock, file_lock = threading.Lock(), threading.Lock()
 
         def checked_advance(amount: float) -> None:
             # Every job calls this often, so it also ends the job after an interruption or another job's failure.
@@ -126,12 +134,12 @@ class WeightsPlan:
             with lock:
                 advance(amount)
 
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
         try:
             os.ftruncate(descriptor, self.size)
 
             def run(job: Job) -> None:
-                writers = [SlotWriter(slot, descriptor) for slot in job.slots]
+                writers = [SlotWriter(slot, descriptor, file_lock) for slot in job.slots]
                 job.run(source, writers, checked_advance)
                 for writer in writers:
                     slot = writer.slot

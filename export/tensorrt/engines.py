@@ -110,7 +110,7 @@ def add_engines(
     """
     made = tensorrt_graph(program, info, weights_file, options, sms)
     (folder / GRAPH_FILE).write_bytes(made.model.SerializeToString())
-    (folder / RECIPE_FILE).write_text(made.recipe.to_json(), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(made.recipe.to_json(), encoding="utf-8", newline="\n")
     if options.build is False:
         return
     versions = installed()

@@ -136,7 +136,7 @@ class CalibrationReport:
     def write(self, folder: Path) -> None:
         """Write `calibration.json` into a folder. It holds no times, so equal runs write equal files."""
         data = asdict(self) | {"methods": self.methods, "fallbacks": [asdict(entry) for entry in self.fallbacks]}
-        (folder / CALIBRATION_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (folder / CALIBRATION_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8", newline="\n")
 
     @classmethod
     def read(cls, folder: Path) -> CalibrationReport | None:

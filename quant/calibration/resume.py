@@ -189,7 +189,7 @@ def open_resume(path: Path, asked: Mapping[str, Any], progress: Progress) -> Ite
         state = path / _STATE
         if not state.is_file():
             with atomic_file(state) as partial:
-                partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8", newline="\n")
         folder = ResumeFolder(path)
         try:
             yield folder

@@ -7,11 +7,7 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define EDGELM_EXPORT __declspec(dllexport)
-#else
-#define EDGELM_EXPORT __attribute__((visibility("default")))
-#endif
+#include "system/export.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -264,7 +264,7 @@ def _library(source: str, capability: tuple[int, int], cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             file = Path(folder) / "kernels.cc"
-            file.write_text(source, encoding="utf-8")
+            file.write_text(source, encoding="utf-8", newline="\n")
             output = Path(folder) / "kernels.so"
             call = [compiler, *command, f"-I{SOURCES}", str(file), "-o", str(output)]
             done = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import edgelm.runtimes
 from edgelm.errors import BundleError, DeviceError, EdgeLMError
+from edgelm.platforms import LIBRARY_SUFFIX
 from edgelm.runtimes.cuda.device import Launch
 
-LIBRARY = "libedgelm_plugins.so"
+LIBRARY = f"libedgelm_plugins{LIBRARY_SUFFIX}"
 LIBRARY_VARIABLE = "EDGELM_PLUGINS_LIBRARY"
 """Environment variable: path of the library to use in place of the installed one."""
 Field = str | int | float

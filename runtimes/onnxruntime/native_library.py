@@ -13,6 +13,7 @@ from pathlib import Path
 
 import edgelm.runtimes
 from edgelm.errors import RuntimeUnavailableError
+from edgelm.platforms import LIBRARY_SUFFIX
 
 __all__ = [
     "ISA_VARIABLE",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 ABI = 1
-LIBRARY = "_edgelm_ops.so"
+LIBRARY = f"_edgelm_ops{LIBRARY_SUFFIX}"
 LIBRARY_VARIABLE = "EDGELM_OPS_LIBRARY"
 """Environment variable: path of the library to use in place of the installed one; empty: use none."""
 ISA_VARIABLE = "EDGELM_ISA"

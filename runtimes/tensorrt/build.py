@@ -129,7 +129,7 @@ def _add(
         path = bundle.file(name)
         files[name] = FileInfo(path.stat().st_size, sha256_of(path))
     with atomic_file(bundle.file(MANIFEST)) as path:
-        path.write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8")
+        path.write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8", newline="\n")
     return made
 
 
@@ -203,7 +203,7 @@ def build_into(
         made = dataclasses.replace(
             made, file=f"{FOLDER}/{target.name}", library=f"{FOLDER}/{library_name(plugins.path)}"
         )
-        (work / "description").write_text(made.to_json(), encoding="utf-8")
+        (work / "description").write_text(made.to_json(), encoding="utf-8", newline="\n")
         places = (("library", folder / made.library), ("description", folder / _description(made.file)))
         for name, place in (*places, ("engine", target)):
             sync(work / name)

@@ -181,11 +181,6 @@ def test_a_system_that_tells_nothing_is_described_without_it(monkeypatch: pytest
     assert 5e6 < peak * (1024 if system == "darwin" else 1) < 1e11  # Linux counts kilobytes
 
 
-def test_a_system_without_a_known_name_has_no_resident_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert devices.resident_memory() == (None, None)
-
-
 def cpuinfo(*cores: tuple[str, str], more: str = "") -> str:
     """/proc/cpuinfo as Linux writes it on 64-bit Arm: no names, but numbers of designer and part."""
     fields = "Features\t: fp asimd\nCPU implementer\t: {}\nCPU architecture: 8\nCPU variant\t: 0x4\n"

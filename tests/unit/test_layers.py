@@ -24,7 +24,7 @@ OPEN_ENDED = {"edgelm/models": "one file per model"}
 
 LAYERS = {
     "base": "errors sizes slices output_paths files installing devices progress progress_bar json_dataclass corpus "
-    "version platforms measuring.energy",
+    "version platforms system measuring.energy",
     "models": "models",
     "primitives": "quant.scheme quant.tensor quant.primitives quant.fp8 quant.native quant.codec quant.recipe "
     "quant.quality",

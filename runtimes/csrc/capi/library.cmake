@@ -35,7 +35,7 @@ target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUIL
 set(EDGELM_PLANNING
     "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
 set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> $<TARGET_OBJECTS:edgelm_operators> $<TARGET_OBJECTS:edgelm_core>
-                   ${EDGELM_PLANNING} ${EDGELM_TABLES})
+                   $<TARGET_OBJECTS:edgelm_memory> $<TARGET_OBJECTS:edgelm_system> ${EDGELM_PLANNING} ${EDGELM_TABLES})
 
 # cmake --install BUILD --component edgelm --prefix P [--strip]: the library, its headers, and what finds them from CMake
 # (find_package(edgelm), target edgelm::edgelm) and pkg-config. The installed folder can be moved.
@@ -82,6 +82,9 @@ endfunction()
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
   add_library(edgelm SHARED ${EDGELM_OBJECTS})
   set_target_properties(edgelm PROPERTIES LINKER_LANGUAGE CXX VERSION ${EDGELM_VERSION} SOVERSION ${EDGELM_ABI})
+  if(WIN32)  # edgelm.dll and edgelm.lib, which MSVC can link
+    set_target_properties(edgelm PROPERTIES PREFIX "" IMPORT_PREFIX "" IMPORT_SUFFIX ".lib")
+  endif()
   target_link_libraries(edgelm PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT EDGELM_SANITIZE)
     # The version script hides what other libraries of ours export, and lets the linker drop what then is unused.

@@ -7,12 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
-
-#if defined(_WIN32)
-#define EDGELM_EXPORT __declspec(dllexport)
-#else
-#define EDGELM_EXPORT __attribute__((visibility("default")))
-#endif
+#include "system/export.h"
 
 namespace edgelm {
 

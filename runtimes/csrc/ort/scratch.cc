@@ -1,10 +1,10 @@
 #include "scratch.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <mutex>
 #include <new>
+
+#include "system/memory.h"
 
 namespace edgelm::ort {
 namespace {
@@ -17,15 +17,15 @@ struct Block {
 constexpr size_t kSmall = 1 << 20;  // memory that is never given back
 constexpr int kWindow = 64;         // calls
 
-// Memory from mmap, since free() would keep large blocks: malloc's mmap threshold rises with use.
+// Memory from the system, since free() would keep large blocks: malloc's mmap threshold rises with use.
 Block Map(size_t size) {
   size = (size / 65536 + 1) * 65536;  // at least one page, also for size 0
-  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
+  void* data = system::map_memory(size, false);
+  if (data == nullptr) throw std::bad_alloc();
   return {static_cast<uint8_t*>(data), size};
 }
 
-void Unmap(const Block& block) { munmap(block.data, block.size); }
+void Unmap(const Block& block) { system::unmap_memory(block.data, block.size); }
 
 class Pool {
  public:

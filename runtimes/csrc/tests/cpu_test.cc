@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -16,7 +17,7 @@ using edgelm::Kernels;
 void TestTheBestAvailableIsChosen() {
   std::string why;
   for (const char* nothing : {static_cast<const char*>(nullptr), ""}) {
-    nothing == nullptr ? unsetenv("EDGELM_ISA") : setenv("EDGELM_ISA", nothing, 1);
+    edgelm_test::SetVariable("EDGELM_ISA", nothing);
     const Kernels* chosen = ChooseKernels(&why);
     bool better = true;
     for (const edgelm::InstructionSet& set : InstructionSets()) {
@@ -32,7 +33,7 @@ void TestTheBestAvailableIsChosen() {
 void TestEachCanBeForcedWhereItRuns() {
   for (const edgelm::InstructionSet& set : InstructionSets()) {
     std::string why;
-    setenv("EDGELM_ISA", set.kernels->name, 1);
+    edgelm_test::SetVariable("EDGELM_ISA", set.kernels->name);
     const Kernels* chosen = ChooseKernels(&why);
     if (set.available()) {
       EXPECT(chosen == set.kernels && why.find("EDGELM_ISA") == 0, "%s: %s", set.kernels->name, why.c_str());
@@ -46,7 +47,7 @@ void TestEachCanBeForcedWhereItRuns() {
 void TestAnUnknownNameIsAnErrorWithTheValidOnes() {
   std::string why;
   for (const char* name : {"sse9", "AVX2", "scalar ", "avx"}) {
-    setenv("EDGELM_ISA", name, 1);
+    edgelm_test::SetVariable("EDGELM_ISA", name);
     EXPECT(ChooseKernels(&why) == nullptr, "%s was taken", name);
     EXPECT(why.find(std::string("EDGELM_ISA=") + name) == 0, "%s", why.c_str());
     for (const edgelm::InstructionSet& set : InstructionSets()) {
@@ -66,9 +67,9 @@ void TestTheCInterfaceSaysTheSame() {
   EXPECT(edgelm_isa_name(-1) == nullptr && edgelm_isa_name(99) == nullptr, "no such index");
   EXPECT(edgelm_isa_missing(99) != nullptr, "no such index");
   char why[200];
-  setenv("EDGELM_ISA", "scalar", 1);
+  edgelm_test::SetVariable("EDGELM_ISA", "scalar");
   EXPECT(edgelm_isa_chosen(why, sizeof why) == edgelm_isa_count() - 1, "%s", why);
-  setenv("EDGELM_ISA", "none", 1);
+  edgelm_test::SetVariable("EDGELM_ISA", "none");
   EXPECT(edgelm_isa_chosen(why, sizeof why) == -1 && std::strstr(why, "EDGELM_ISA=none") == why, "%s", why);
   EXPECT(edgelm_isa_chosen(why, 8) == -1 && std::strlen(why) == 7, "cut off at %d", int(std::strlen(why)));
 }

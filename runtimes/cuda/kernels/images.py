@@ -158,7 +158,7 @@ def compile_bundle_kernels(
         argument_bytes=dict(sorted(compiled[targets[0]].argument_bytes.items())),
         images=images,
     )
-    (folder / INDEX).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 def compilable() -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "capi/common/error.h"
+#include "system/files.h"
 
 namespace edgelm::capi {
 
@@ -18,6 +19,7 @@ std::uint64_t file_size(const std::string& path, edgelm_code code);
 bool is_file(const std::string& path);
 bool is_folder(const std::string& path);
 std::string join(const std::string& folder, const std::string& name);
+std::string parent(const std::string& path);
 // The path with links resolved; the path itself if it cannot be.
 std::string resolved(const std::string& path);
 
@@ -37,9 +39,9 @@ class MappedFile {
 
  private:
   std::string path_;
-  int descriptor_ = -1;
-  const unsigned char* data_ = nullptr;
   std::uint64_t size_ = 0;
+  system::File file_;
+  const unsigned char* data_ = nullptr;
 };
 
 // Write a file: `body` writes to a temporary file beside it, which replaces `path` when all is on disk. On failure `path`

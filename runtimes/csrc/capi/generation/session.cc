@@ -61,7 +61,7 @@ Header read_header(const std::string& text, const std::string& where) {
 class Reader {
  public:
   Reader(const std::string& path, std::function<void()> check)
-      : path_(path), check_(std::move(check)), file_(std::fopen(path.c_str(), "rb"), &std::fclose) {
+      : path_(path), check_(std::move(check)), file_(system::open_stream(path)) {
     if (!file_) fail(EDGELM_FILE, path, " cannot be read: ", std::strerror(errno));
   }
 
@@ -104,7 +104,7 @@ class Reader {
 
   std::string path_;
   std::function<void()> check_;
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_;
+  system::Stream file_;
   std::uint32_t crc_ = 0;
 };
 

@@ -14,6 +14,8 @@
 #include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(_WIN32)
+#include "system/machine_windows.h"
 #endif
 
 #include "capi/common/error.h"
@@ -21,7 +23,7 @@
 namespace edgelm::capi {
 namespace {
 
-int hardware_threads() { return std::max(1, int(std::thread::hardware_concurrency())); }
+[[maybe_unused]] int hardware_threads() { return std::max(1, int(std::thread::hardware_concurrency())); }
 
 #if defined(__linux__)
 
@@ -123,6 +125,11 @@ namespace {
 
 double cgroup_quota() { return INFINITY; }
 
+#if defined(_WIN32)
+int logical_cores() { return system::count_cores(true).logical; }
+
+int physical_cores() { return system::count_cores(true).physical; }
+#else
 int logical_cores() { return hardware_threads(); }
 
 int physical_cores() {
@@ -133,6 +140,7 @@ int physical_cores() {
 #endif
   return 0;
 }
+#endif
 
 #endif
 
@@ -150,6 +158,8 @@ int allowed_cores() {
 int machine_logical_cores() {
 #if defined(__linux__)
   return std::max(1, int(sysconf(_SC_NPROCESSORS_ONLN)));
+#elif defined(_WIN32)
+  return std::max(1, system::count_cores(false).logical);
 #else
   return hardware_threads();
 #endif
@@ -160,6 +170,8 @@ int machine_physical_cores() {
   std::vector<int> all(static_cast<size_t>(machine_logical_cores()));
   for (size_t i = 0; i < all.size(); ++i) all[i] = int(i);
   return physical_cores(all);
+#elif defined(_WIN32)
+  return system::count_cores(false).physical;
 #else
   return physical_cores();
 #endif

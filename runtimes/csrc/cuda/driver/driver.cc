@@ -1,9 +1,9 @@
 #include "cuda/driver/driver.h"
 
-#include <dlfcn.h>
-
 #include <cstdlib>
 #include <vector>
+
+#include "system/library.h"
 
 namespace edgelm::trt {
 
@@ -11,6 +11,11 @@ namespace {
 
 using gpu::Error;
 
+#ifdef _WIN32
+constexpr char kLibrary[] = "nvcuda.dll";
+#else
+constexpr char kLibrary[] = "libcuda.so.1";
+#endif
 constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76, kMostShared = 97;  // attributes of devices
 constexpr int kDynamicShared = 8;                                                 // attribute of functions
 constexpr int kJitErrorLog = 5, kJitErrorLogSize = 6;
@@ -53,12 +58,12 @@ const Driver& Driver::get() {
 }
 
 Driver::Driver() {
-  const char* named = std::getenv("EDGELM_CUDA_DRIVER");
-  path_ = named && *named ? named : "libcuda.so.1";
-  library_ = dlopen(path_.c_str(), RTLD_NOW | RTLD_LOCAL);
+  path_ = system::variable("EDGELM_CUDA_DRIVER").value_or("");
+  if (path_.empty()) path_ = kLibrary;
+  std::string why;
+  library_ = system::open_library(path_, &why);
   if (!library_) {
-    const char* why = dlerror();
-    throw Error("no NVIDIA driver: " + path_ + " cannot be loaded (" + (why ? why : "no reason given") +
+    throw Error("no NVIDIA driver: " + path_ + " cannot be loaded (" + why +
                 "); install the driver, and start a container with its GPUs (--gpus all)");
   }
   int version = 0;
@@ -67,10 +72,10 @@ Driver::Driver() {
   call("cuInit", "starting", 0u);
 }
 
-bool Driver::has(const char* function) const { return dlsym(library_, function) != nullptr; }
+bool Driver::has(const char* function) const { return system::symbol(library_, function) != nullptr; }
 
 void* Driver::find(const char* function) const {
-  void* found = dlsym(library_, function);
+  void* found = system::symbol(library_, function);
   if (!found) throw Error("the NVIDIA driver (" + path_ + ") is too old: it lacks " + function + "; update it");
   return found;
 }

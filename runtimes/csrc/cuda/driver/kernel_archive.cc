@@ -1,13 +1,11 @@
 #include "cuda/driver/kernel_archive.h"
 
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <memory>
 #include <sstream>
 
 #include "cuda/host/fields.h"
+#include "system/files.h"
+#include "system/library.h"
 
 namespace edgelm::gpu {
 
@@ -30,17 +28,7 @@ Error damaged(const std::string& what) {
 }
 
 // The library's file: its path is that which TensorRT gave to the loader, which may be a temporary one.
-int g_file = [] {
-  Dl_info info;
-  if (!dladdr(reinterpret_cast<const void*>(&words_of), &info) || !info.dli_fname) return -1;
-  return open(info.dli_fname, O_RDONLY | O_CLOEXEC);
-}();
-
-struct CloseAtUnload {
-  ~CloseAtUnload() {
-    if (g_file >= 0) close(g_file);
-  }
-} g_close;
+const system::File g_file = system::File::open(system::file_of(reinterpret_cast<const void*>(&words_of)));
 
 }  // namespace
 
@@ -49,14 +37,15 @@ const KernelArchive& KernelArchive::get() {
   return archive;
 }
 
-KernelArchive::KernelArchive(int file) : file_(file) {
-  const off_t size = file < 0 ? 0 : lseek(file, 0, SEEK_END);
-  if (size < off_t(kFooter)) return;
-  const std::string footer = read(u64(size) - kFooter, kFooter);
+KernelArchive::KernelArchive(const system::File& file) : file_(file) {
+  const auto status = file.is_open() ? file.status() : std::nullopt;
+  const u64 size = status ? status->size : 0;
+  if (size < kFooter) return;
+  const std::string footer = read(size - kFooter, kFooter);
   if (footer.compare(16, 8, kMagic) != 0) return;
   u64 place[2];
   footer.copy(reinterpret_cast<char*>(place), sizeof place);
-  if (place[0] > u64(size) || place[1] > u64(size) - place[0]) throw damaged("its index lies outside the file");
+  if (place[0] > size || place[1] > size - place[0]) throw damaged("its index lies outside the file");
   const Fields index(read(place[0], place[1]));
   for (const std::string& target : words_of(index.text("images"))) {
     const std::set<std::string> pdl = [&] {
@@ -64,7 +53,7 @@ KernelArchive::KernelArchive(int file) : file_(file) {
       return std::set<std::string>(words.begin(), words.end());
     }();
     const Entry entry{index.address(target + ".offset"), index.address(target + ".bytes"), pdl};
-    if (entry.offset > u64(size) || entry.bytes > u64(size) - entry.offset) throw damaged(target);
+    if (entry.offset > size || entry.bytes > size - entry.offset) throw damaged(target);
     targets_.push_back({target, CudaVersion::of(index.text(target + ".compiler"))});
     entries_.emplace(target, entry);
   }
@@ -84,7 +73,7 @@ std::string KernelArchive::image(const std::string& target) const {
 std::string KernelArchive::read(u64 offset, u64 bytes) const {
   std::string data(bytes, '\0');
   for (u64 done = 0; done < bytes;) {
-    const ssize_t got = pread(file_, &data[done], bytes - done, off_t(offset + done));
+    const std::int64_t got = file_.read_at(&data[done], bytes - done, offset + done);
     if (got <= 0) throw damaged("the file cannot be read");
     done += u64(got);
   }

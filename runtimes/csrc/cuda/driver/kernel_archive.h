@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda/driver/kernel_images.h"
+#include "system/files.h"
 
 namespace edgelm::gpu {
 
@@ -27,7 +28,7 @@ class KernelArchive {
   static const KernelArchive& get();
 
   // The file must stay open. An archive without images: the file ends with its ELF.
-  explicit KernelArchive(int file);
+  explicit KernelArchive(const system::File& file);
 
   const std::vector<KernelTarget>& targets() const { return targets_; }
   // The image of a target, and a zero byte, which must follow PTX. Throws Error (kBundle) if it cannot be read.
@@ -43,7 +44,7 @@ class KernelArchive {
   };
   std::string read(u64 offset, u64 bytes) const;
 
-  int file_;
+  const system::File& file_;
   std::vector<KernelTarget> targets_;
   std::map<std::string, Entry> entries_;
   std::map<std::string, u64> argument_bytes_;

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
+
+#include "system/files.h"
 
 namespace edgelm::gpu {
 
@@ -17,9 +18,9 @@ constexpr int kJitErrorLog = 5, kJitErrorLogSize = 6;
 constexpr u32 kShared = 48 << 10;  // bytes that a kernel may use without setting an attribute
 // Copies pass through two pinned buffers of this size: while one is copied to the GPU, the other is filled.
 constexpr u64 kStaging = 8 << 20;
-constexpr u64 kSmall = kStaging / 64;           // small enough for the driver's own buffer
-constexpr std::streamoff kMostImage = 1 << 30;  // bytes of compiled kernels
-constexpr int kProgrammaticSerialization = 6;   // the kernel itself waits for the previous one
+constexpr u64 kSmall = kStaging / 64;          // small enough for the driver's own buffer
+constexpr u64 kMostImage = 1 << 30;            // bytes of compiled kernels
+constexpr int kProgrammaticSerialization = 6;  // the kernel itself waits for the previous one
 
 // CUlaunchConfig with one attribute.
 struct LaunchAttribute {
@@ -55,14 +56,15 @@ int chosen_index(int count) {
 }
 
 std::string read_image(const std::string& path) {
-  std::ifstream stream(path, std::ios::binary | std::ios::ate);
-  const std::streamoff size = stream ? std::streamoff(stream.tellg()) : -1;
+  const system::File file = system::File::open(path);
+  const auto status = file.is_open() ? file.status() : std::nullopt;
   std::string data;
-  if (size >= 0 && size <= kMostImage) {
-    data.resize(std::size_t(size));
-    stream.seekg(0).read(&data[0], size);
+  std::int64_t got = -1;
+  if (status && status->kind == system::FileStatus::kFile && status->size <= kMostImage) {
+    data.resize(std::size_t(status->size));
+    got = file.read(&data[0], data.size());
   }
-  if (size < 0 || size > kMostImage || !stream) {
+  if (got < 0 || std::size_t(got) != data.size()) {
     throw Error(path + " cannot be read: copy the bundle again", Error::Kind::kBundle);
   }
   return data;

@@ -3,11 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
+#include "system/library.h"
 
 namespace edgelm::gpu {
 
@@ -17,26 +13,11 @@ constexpr char kVisible[] = "CUDA_VISIBLE_DEVICES";
 
 #ifdef _WIN32
 constexpr char kLibrary[] = "nvcuda.dll";
-void* open_library(const char* path, std::string& why) {
-  void* found = reinterpret_cast<void*>(LoadLibraryA(path));
-  if (!found) why = "error " + std::to_string(GetLastError());
-  return found;
-}
-void* symbol(void* library, const char* name) {
-  return reinterpret_cast<void*>(GetProcAddress(reinterpret_cast<HMODULE>(library), name));
-}
 #else
 constexpr char kLibrary[] = "libcuda.so.1";
-void* open_library(const char* path, std::string& why) {
-  void* found = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  const char* said = found ? nullptr : dlerror();
-  if (said) why = said;
-  const std::string start = std::string(path) + ": ";
-  if (why.compare(0, start.size(), start) == 0) why.erase(0, start.size());
-  return found;
-}
-void* symbol(void* library, const char* name) { return dlsym(library, name); }
 #endif
+
+using system::symbol;
 
 // What to do, by the driver's error number, as in driver_library.py; empty: the message has the driver's own text.
 const char* help(int status) {
@@ -81,11 +62,13 @@ const char* help(int status) {
 }  // namespace
 
 DriverLibrary::DriverLibrary() {
-  const char* named = std::getenv("EDGELM_CUDA_DRIVER");
-  path_ = named && *named ? named : kLibrary;
-  std::string why = "no reason given";
-  library_ = open_library(path_.c_str(), why);
+  path_ = system::variable("EDGELM_CUDA_DRIVER").value_or("");
+  if (path_.empty()) path_ = kLibrary;
+  std::string why;
+  library_ = system::open_library(path_, &why);
   if (!library_) {
+    const std::string start = path_ + ": ";
+    if (why.compare(0, start.size(), start) == 0) why.erase(0, start.size());
     throw UnavailableError("no NVIDIA driver: " + path_ + " cannot be loaded (" + why +
                            "); install the driver, and start a container with its GPUs (--gpus all). Without a GPU, "
                            "export with --target cpu");

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "cuda/host/operators/rows.h"
+#include "system/files.h"
 
 namespace edgelm::gpu {
 
@@ -13,13 +14,10 @@ namespace {
 
 constexpr std::size_t kMostLongPlans = 16;  // otherwise those of prompts' last chunks would accumulate
 
-struct CloseFile {
-  void operator()(std::FILE* file) const { std::fclose(file); }
-};
-using File = std::unique_ptr<std::FILE, CloseFile>;
+using system::Stream;
 
-File open_file(const std::string& path) {
-  File file(std::fopen(path.c_str(), "rb"));
+Stream open_file(const std::string& path) {
+  Stream file = system::open_stream(path);
   if (!file) throw Error(path + " cannot be read: copy the bundle again", Error::Kind::kBundle);
   std::setvbuf(file.get(), nullptr, _IONBF, 0);
   return file;
@@ -29,15 +27,10 @@ File open_file(const std::string& path) {
 
 void check_weights_file(const Program& program, const std::string& path) {
   const u64 needed = program.weight_bytes();
-  const File file = open_file(path);
+  const Stream file = open_file(path);
   u8 last;
   if (needed > 0 && needed < u64(1) << 62) {
-#ifdef _WIN32
-    const bool there = _fseeki64(file.get(), i64(needed - 1), SEEK_SET) == 0;
-#else
-    const bool there = fseeko(file.get(), off_t(needed - 1), SEEK_SET) == 0;
-#endif
-    if (there && std::fread(&last, 1, 1, file.get()) == 1) return;
+    if (system::seek(file.get(), needed - 1) && std::fread(&last, 1, 1, file.get()) == 1) return;
   }
   throw Error(path + " is too short, the program's weights end at " + std::to_string(needed) +
                   ": copy or export the bundle again",
@@ -52,7 +45,7 @@ DeviceWeights::DeviceWeights(Device& device, const Program& program, const std::
 
 void DeviceWeights::upload(Device& device, const std::string& path, u64 bytes) {
   // Read rather than mapped: mapping a file larger than host memory would evict everything else from the page cache.
-  const File file = open_file(path);
+  const Stream file = open_file(path);
   u64 done = 0;
   device.upload_from(base_, bytes, [&](void* to, std::size_t count) {
     const std::size_t read = std::fread(to, 1, count, file.get());

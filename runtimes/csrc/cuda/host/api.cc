@@ -6,6 +6,7 @@
 
 #include "cuda/host/fields.h"
 #include "cuda/host/planners.h"
+#include "system/export.h"
 
 namespace edgelm::gpu {
 
@@ -50,8 +51,8 @@ std::string serialised(const Launches& launches) {
 
 // Call a function by name. `answer` and `size` are its result, or the message of an error; they stay valid until the
 // next call of the same thread. Returns 0, or the Error::Kind.
-extern "C" __attribute__((visibility("default"))) int edgelm_gpu_call(const char* function, const char* fields,
-                                                                      const char** answer, std::size_t* size) {
+extern "C" EDGELM_EXPORT int edgelm_gpu_call(const char* function, const char* fields, const char** answer,
+                                             std::size_t* size) {
   using namespace edgelm::gpu;
   static thread_local std::string last;
   int status = 0;

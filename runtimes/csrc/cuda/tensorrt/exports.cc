@@ -3,14 +3,13 @@
 
 #include "cuda/tensorrt/log.h"
 #include "cuda/tensorrt/plugin.h"
+#include "system/export.h"
 
-#define EDGELM_EXPORT extern "C" __attribute__((visibility("default")))
-
-EDGELM_EXPORT void setLoggerFinder(void* finder) {
+extern "C" EDGELM_EXPORT void setLoggerFinder(void* finder) {
   edgelm::trt::set_logger_finder(finder, __builtin_return_address(0));
 }
 
-EDGELM_EXPORT edgelm::trt::Creator* const* getCreators(std::int32_t& count) {
+extern "C" EDGELM_EXPORT edgelm::trt::Creator* const* getCreators(std::int32_t& count) {
   using edgelm::trt::NodeCreator;
   static NodeCreator creators[] = {NodeCreator("QuantEmbedding"), NodeCreator("QuantLinear"),
                                    NodeCreator("SparseMoE"),      NodeCreator("GroupQueryAttention"),

@@ -1,12 +1,11 @@
 #include "cuda/tensorrt/log.h"
 
-#include <dlfcn.h>
-
 #include <cstdio>
 #include <mutex>
 
 #include "cuda/host/planners.h"
 #include "cuda/tensorrt/abi.h"
+#include "system/library.h"
 
 namespace edgelm::trt {
 
@@ -20,16 +19,13 @@ gpu::Error::Kind g_kind = gpu::Error::Kind::kOther;
 
 // The generation of the logger's interface in the TensorRT library that `caller` belongs to.
 int generation(const void* caller) {
-  Dl_info info;
-  if (!caller || !dladdr(caller, &info) || !info.dli_fname) return 0;
-  void* library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  void* library = system::library_of(caller);
   if (!library) return 0;
   const auto ask = [&](const char* name) {
-    const auto function = reinterpret_cast<int32_t (*)()>(dlsym(library, name));
+    const auto function = reinterpret_cast<int32_t (*)()>(system::symbol(library, name));
     return function ? function() : 0;
   };
   const int major = ask("getInferLibMajorVersion"), minor = ask("getInferLibMinorVersion");
-  dlclose(library);
   if (major >= 11) return 11;
   if (major == 10) return 10;
   return major == 1 && minor >= 7 ? 11 : 0;  // TensorRT-RTX

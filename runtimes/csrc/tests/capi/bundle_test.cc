@@ -4,11 +4,9 @@
 #include <cstdlib>
 #include <functional>
 
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include "capi/common/files.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -30,17 +28,13 @@ const char* const kManifest = R"({
 class Folder {
  public:
   Folder() {
-    char name[] = "/tmp/edgelm-bundle-XXXXXX";
-    path = mkdtemp(name);
+    path = edgelm_test::MakeFolder();
     write("manifest.json", kManifest);
     write("g", "1");
     write("d", "1");
     write("w", "123456789");
   }
-  ~Folder() {
-    for (const char* name : {"manifest.json", "g", "d", "w"}) unlink(join(path, name).c_str());
-    rmdir(path.c_str());
-  }
+  ~Folder() { edgelm_test::RemoveFolder(path); }
   void write(const std::string& name, const std::string& text) const {
     write_atomically(join(path, name), [&](const auto& put) { put(text.data(), text.size()); });
   }
@@ -119,9 +113,9 @@ void TestChangedManifestsAreRefusedWithTheReason() {
 
 void TestWhatIsNoBundleIsNamed() {
   const Folder folder;
-  unlink(join(folder.path, "d").c_str());
+  edgelm_test::Remove(join(folder.path, "d"));
   EXPECT(folder.refusal().find(": d is missing; copy or export") != std::string::npos, "%s", folder.refusal().c_str());
-  unlink(join(folder.path, "manifest.json").c_str());
+  edgelm_test::Remove(join(folder.path, "manifest.json"));
   EXPECT(folder.refusal().find("it has no manifest.json") != std::string::npos, "%s", folder.refusal().c_str());
   for (const std::string path : {folder.path + "/none", std::string(), folder.path + "/g", std::string("a\0b", 3)}) {
     try {

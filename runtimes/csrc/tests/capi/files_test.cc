@@ -3,24 +3,27 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 
+#if defined(_WIN32)
+#include "system/windows_text.h"
+#else
 #include <sys/stat.h>
 #include <unistd.h>
+#endif
 
 #include "capi/common/sha256_blocks.h"
 #include "capi/common/unicode.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
 using namespace edgelm::capi;
 
 std::string folder() {
-  static const std::string path = [] {
-    char name[] = "/tmp/edgelm-files-XXXXXX";
-    return std::string(mkdtemp(name));
-  }();
+  static const std::string path = edgelm_test::MakeFolder();
   return path;
 }
 
@@ -53,8 +56,8 @@ void TestAFileIsReplacedWholeOrNotAtAll() {
   EXPECT(
       refusal(EDGELM_FILE, [&] { write(join(folder(), "none/a"), ""); }).find("cannot be written") != std::string::npos,
       "no folder");
-  EXPECT(unlink(path.c_str()) == 0 && rmdir(folder().c_str()) == 0, "something was left beside the file");
-  EXPECT(mkdir(folder().c_str(), 0700) == 0, "made again");
+  EXPECT(edgelm_test::Remove(path) && edgelm_test::Remove(folder()), "something was left beside the file");
+  EXPECT(std::filesystem::create_directory(folder()), "made again");
 }
 
 void TestWhatIsNoReadableFileIsRefused() {
@@ -67,11 +70,14 @@ void TestWhatIsNoReadableFileIsRefused() {
          "folder");
   EXPECT(refusal(EDGELM_FILE, [&] { read_file(path + "x", 9, EDGELM_FILE); }).find("missing") != std::string::npos,
          "none");
+#if defined(_WIN32)
+  const std::string pipe = "NUL";
+#else
   const std::string pipe = join(folder(), "pipe");
   EXPECT(mkfifo(pipe.c_str(), 0600) == 0, "mkfifo");
+#endif
   EXPECT(refusal(EDGELM_FILE, [&] { read_file(pipe, 9, EDGELM_FILE); }).find("not a file") != std::string::npos,
          "pipe");
-  unlink(pipe.c_str());
 
   const MappedFile mapped(path, EDGELM_BUNDLE);
   EXPECT(mapped.size() == 5 && mapped.data()[4] == '5', "mapped");
@@ -81,10 +87,48 @@ void TestWhatIsNoReadableFileIsRefused() {
   EXPECT(MappedFile(path, EDGELM_BUNDLE).size() == 0, "an empty file");
   write(path, "12345");
   const MappedFile cut(path, EDGELM_BUNDLE);
-  EXPECT(truncate(path.c_str(), 3) == 0, "truncate");
+#if !defined(_WIN32)  // there nobody can shorten a file that is mapped
+  std::filesystem::resize_file(path, 3);
   EXPECT(refusal(EDGELM_BUNDLE, [&] { cut.check(); }).find("had 5 bytes") != std::string::npos, "cut");
-  unlink(path.c_str());
-  rmdir(folder().c_str());
+#endif
+  edgelm_test::RemoveFolder(folder());
+}
+
+void make_folder(const std::string& path) {
+#if defined(_WIN32)
+  CreateDirectoryW(edgelm::system::windows_path(path).c_str(), nullptr);
+#else
+  mkdir(path.c_str(), 0700);
+#endif
+}
+
+bool remove_folder(const std::string& path) {
+#if defined(_WIN32)
+  return RemoveDirectoryW(edgelm::system::windows_path(path).c_str());
+#else
+  return rmdir(path.c_str()) == 0;
+#endif
+}
+
+void TestNamesMayHaveAnyCharacterAndLength() {
+  make_folder(folder());
+  std::string deep = join(folder(), "with space, \u00e4 and \u6f22");
+  make_folder(deep);
+  while (deep.size() < 400) make_folder(deep += "/" + std::string(60, 'n'));
+  const std::string path = join(deep, "\u00e4\u6f22");
+  write(path, "12345");
+  write(path, "54321");
+  EXPECT(is_folder(deep) && is_file(path) && file_size(path, EDGELM_FILE) == 5, "status");
+  EXPECT(read_file(path, 5, EDGELM_FILE) == "54321", "read");
+  EXPECT(MappedFile(path, EDGELM_FILE).data()[0] == '5', "mapped");
+  EXPECT(parent(resolved(path)) == resolved(deep), "%s", resolved(path).c_str());
+  EXPECT(resolved(path).find("\u00e4\u6f22") != std::string::npos, "%s", resolved(path).c_str());
+  EXPECT(edgelm::system::open_stream(path) != nullptr, "a stream");
+  while (deep.size() > folder().size()) {
+    edgelm::system::remove_file(join(deep, "\u00e4\u6f22"));
+    EXPECT(remove_folder(deep), "%s is not empty", deep.c_str());
+    deep = parent(deep);
+  }
 }
 
 void TestHashesAreTheStandardOnes() {
@@ -162,6 +206,7 @@ void TestCharactersAreTheSameThereAndBack() {
 int main() {
   TestAFileIsReplacedWholeOrNotAtAll();
   TestWhatIsNoReadableFileIsRefused();
+  TestNamesMayHaveAnyCharacterAndLength();
   TestHashesAreTheStandardOnes();
   TestTheCpusInstructionsHashAsScalarCodeDoes();
   TestInvalidUtf8BecomesReplacementCharacters();

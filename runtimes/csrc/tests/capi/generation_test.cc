@@ -5,14 +5,13 @@
 #include <set>
 #include <thread>
 
-#include <unistd.h>
-
 #include "capi/common/files.h"
 #include "capi/generation/continuation.h"
 #include "capi/generation/prefix_cache.h"
 #include "capi/generation/session.h"
 #include "capi/generation/turns.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -150,7 +149,7 @@ void put(const std::string& path, const std::string& bytes) {
 }
 
 void test_sessions() {
-  const std::string path = concat("/tmp/edgelm-session-", getpid());
+  const std::string folder = edgelm_test::MakeFolder(), path = join(folder, "session");
   HashRuntime runtime;
   PrefixCache cache(runtime);
   const SessionOf session{runtime, cache, std::string(64, 'a'), kNoCheck};
@@ -214,7 +213,7 @@ void test_sessions() {
   save_session(target, path);
   load_session(session, path);
   EXPECT(runtime.position() == 0 && cache.cached().empty(), "%d", int(runtime.position()));
-  std::remove(path.c_str());
+  edgelm_test::RemoveFolder(folder);
   EXPECT(has(refusal([&] { load_session(target, path); }), "cannot be read"), "a missing file");
   EXPECT(has(refusal([&] { load_session(target, "/"); }), "cannot be read"), "a folder");
   EXPECT(refusal([&] { save_session(target, "/nowhere/at/all"); }) != "no error", "a folder that does not exist");

@@ -1,5 +1,4 @@
 // Tests that a damaged program.json is refused, and that what is accepted is planned within its memory.
-#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +10,7 @@
 #include "capi/common/json.h"
 #include "capi/cuda/files.h"
 #include "check.h"
+#include "system.h"
 #include "cuda/executor/layout.h"
 
 namespace {
@@ -66,14 +66,8 @@ const Json& Original() {
 
 class Files {
  public:
-  Files() {
-    char name[] = "/tmp/edgelm-program-XXXXXX";
-    folder_ = mkdtemp(name);
-  }
-  ~Files() {
-    for (const char* name : {"program.json", "kernels.json"}) unlink(join(folder_, name).c_str());
-    rmdir(folder_.c_str());
-  }
+  Files() { folder_ = edgelm_test::MakeFolder(); }
+  ~Files() { edgelm_test::RemoveFolder(folder_); }
   std::string write(const std::string& name, const std::string& text) const {
     const std::string path = join(folder_, name);  // not write_atomically, which waits for the disk
     std::ofstream(path, std::ios::binary) << text;

@@ -8,11 +8,10 @@
 #include <cstring>
 #include <random>
 
-#include <unistd.h>
-
 #include "capi/common/files.h"
 #include "capi/parity/pack/npz.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -201,8 +200,7 @@ void TestHeadersOfArraysAreRead() {
 class PackFolder {
  public:
   PackFolder() {
-    char name[] = "/tmp/edgelm-pack-XXXXXX";
-    path = mkdtemp(name);
+    path = edgelm_test::MakeFolder();
     ints("ids", {5}, {1, 2, 3, 0, 4});
     ints("top_ids", {5, 2}, {0, 1, 2, 3, 4, 5, 1, 0, 3, 2});
     ints("probe_ids", {2}, {0, 5});
@@ -219,10 +217,7 @@ class PackFolder {
     ints("rounded.flipped", {2}, {0, 1});
     write(index(), archive());
   }
-  ~PackFolder() {
-    for (const char* name : {"pack.json", "pack.npz"}) unlink(join(path, name).c_str());
-    rmdir(path.c_str());
-  }
+  ~PackFolder() { edgelm_test::RemoveFolder(path); }
 
   std::string index() const {
     return R"({"format_version": 1, "prompts": [
@@ -331,9 +326,9 @@ void TestAPackThatDoesNotFitIsRefused() {
     EXPECT(refusal.find(folder.path) == 0, "%s", refusal.c_str());
   }
   folder.write(folder.index(), folder.archive());
-  unlink(join(folder.path, "pack.npz").c_str());
+  edgelm_test::Remove(join(folder.path, "pack.npz"));
   EXPECT(folder.refusal().find("pack.npz: is missing") != std::string::npos, "%s", folder.refusal().c_str());
-  unlink(join(folder.path, "pack.json").c_str());
+  edgelm_test::Remove(join(folder.path, "pack.json"));
   EXPECT(folder.refusal().find("the bundle has no parity pack") != std::string::npos, "%s", folder.refusal().c_str());
 }
 

@@ -14,6 +14,7 @@
 #include "capi/runtime/onnxruntime/session.h"
 #include "capi/runtime/options.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -164,7 +165,11 @@ void TestOptionsAreChecked() {
 }
 
 void TestCachesAreZerosThatTakeNoMemory() {
+#if defined(_WIN32)  // which promises no more than there is
+  const Untouched cache(std::uint64_t(1) << 30);
+#else
   const Untouched cache(std::uint64_t(1) << 34);  // most machines have less
+#endif
   EXPECT(cache.data()[0] == 0 && cache.data()[cache.bytes() - 1] == 0, "zeros");
   cache.data()[cache.bytes() / 2] = 1;
 }
@@ -174,10 +179,10 @@ void TestTheLibraryIsLookedForWhereItIsNamed() {
   ExpectRefusal([] { open_onnxruntime("pyproject.toml"); }, EDGELM_UNAVAILABLE, "cannot be opened");
   ExpectRefusal([] { open_onnxruntime(EDGELM_FAKE_ONNXRUNTIME); }, EDGELM_UNAVAILABLE,
                 "is ONNX Runtime 1.16.0: bundles need 1.31.1");
-  setenv("EDGELM_ONNXRUNTIME", "/none/other.so", 1);
+  edgelm_test::SetVariable("EDGELM_ONNXRUNTIME", "/none/other.so");
   ExpectRefusal([] { open_onnxruntime(""); }, EDGELM_UNAVAILABLE, "EDGELM_ONNXRUNTIME=/none/other.so");
   ExpectRefusal([] { open_onnxruntime("/none/lib.so"); }, EDGELM_UNAVAILABLE, "library /none/lib.so");
-  unsetenv("EDGELM_ONNXRUNTIME");
+  edgelm_test::SetVariable("EDGELM_ONNXRUNTIME", nullptr);
 }
 
 }  // namespace

@@ -5,11 +5,10 @@
 #include <ctime>
 #include <random>
 
-#include <unistd.h>
-
 #include "capi/common/error.h"
 #include "capi/tokenizer/tokenizer.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -19,15 +18,8 @@ using edgelm::capi::Tokenizer;
 
 class Folder {
  public:
-  Folder() {
-    char path[] = "/tmp/edgelm-tokenizer-XXXXXX";
-    EXPECT(mkdtemp(path) != nullptr, "%s", path);
-    path_ = path;
-  }
-  ~Folder() {
-    for (const char* name : {"tokenizer.json", "tokenizer.edgelm.json"}) unlink((path_ + "/" + name).c_str());
-    rmdir(path_.c_str());
-  }
+  Folder() { path_ = edgelm_test::MakeFolder(); }
+  ~Folder() { edgelm_test::RemoveFolder(path_); }
   void Write(const char* name, const std::string& data) const {
     std::FILE* file = std::fopen((path_ + "/" + name).c_str(), "wb");
     std::fwrite(data.data(), 1, data.size(), file);

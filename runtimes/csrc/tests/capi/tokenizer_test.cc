@@ -7,10 +7,9 @@
 #include <cstring>
 #include <random>
 
-#include <unistd.h>
-
 #include "capi/common/files.h"
 #include "check.h"
+#include "system.h"
 
 namespace {
 
@@ -75,15 +74,8 @@ std::string RuleForA(const std::string& text) {
 
 class Folder {
  public:
-  Folder() {
-    char path[] = "/tmp/edgelm-tokenizer-XXXXXX";
-    EXPECT(mkdtemp(path) != nullptr, "%s", path);
-    path_ = path;
-  }
-  ~Folder() {
-    for (const char* name : {"tokenizer.model", "tokenizer.edgelm.json"}) unlink((path_ + "/" + name).c_str());
-    rmdir(path_.c_str());
-  }
+  Folder() { path_ = edgelm_test::MakeFolder(); }
+  ~Folder() { edgelm_test::RemoveFolder(path_); }
   void Write(const char* name, const std::string& data) const {
     std::FILE* file = std::fopen((path_ + "/" + name).c_str(), "wb");
     std::fwrite(data.data(), 1, data.size(), file);

@@ -8,7 +8,9 @@
 #include <set>
 #include <sstream>
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include "system/machine_windows.h"
+#else
 #include <sys/resource.h>
 #include <sys/utsname.h>
 #endif
@@ -106,6 +108,8 @@ std::string arm_cores(const std::string& text) {
 std::string cpu_name(const std::string& architecture) {
 #if defined(__APPLE__)
   const std::string name = sysctl_text("machdep.cpu.brand_string");
+#elif defined(_WIN32)
+  const std::string name = trimmed(system::cpu_model());
 #else
   const std::string text = read_text("/proc/cpuinfo"), cores = arm_cores(text);
   std::string name = field(text, {"model name", "Model", "Hardware", "cpu model"});
@@ -124,6 +128,9 @@ Json instruction_sets(const std::string& architecture) {
   std::string text = sysctl_text("machdep.cpu.features") + " " + sysctl_text("machdep.cpu.leaf7_features");
   std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return char(std::tolower(c)); });
   if (architecture == "arm64") text += " asimd";
+#elif defined(_WIN32)
+  (void)architecture;
+  const std::string text = system::cpu_features();
 #else
   (void)architecture;
   const std::string text = field(read_text("/proc/cpuinfo"), {"flags", "Features"});
@@ -189,6 +196,10 @@ Memory memory() {
   std::size_t size = sizeof(total);
   if (sysctlbyname("hw.memsize", &total, &size, nullptr, 0) == 0) return {total, {}};
   return {};
+#elif defined(_WIN32)
+  const system::MemoryBytes found = system::memory_bytes();
+  if (found.total == 0) return {};
+  return {found.total, found.available};
 #else
   return {};
 #endif
@@ -198,7 +209,10 @@ Memory memory() {
 
 Json describe_machine() {
   std::string architecture, system;
-#if !defined(_WIN32)
+#if defined(_WIN32)
+  architecture = system::cpu_architecture();
+  system = system::windows_version();
+#else
   utsname names = {};
   if (uname(&names) == 0) {
     architecture = names.machine;
@@ -226,6 +240,8 @@ std::optional<std::int64_t> resident_peak() {
   if (kilobytes) return *kilobytes * 1024;
   return {};
 #elif defined(_WIN32)
+  const std::int64_t peak = system::peak_memory();
+  if (peak > 0) return peak;
   return {};
 #else
   rusage usage = {};

@@ -1,6 +1,5 @@
 // The debug graph of a bundle for the CPU. As edgelm/runtimes/onnxruntime/native.py and portable.py.
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -9,6 +8,7 @@
 #include "capi/runtime/onnxruntime/cpu_runtime.h"
 #include "capi/runtime/options.h"
 #include "capi/runtime/onnxruntime/session.h"
+#include "system/library.h"
 
 namespace edgelm::capi {
 namespace {
@@ -32,15 +32,6 @@ bool has_8_bit_experts(const Bundle& bundle) {
   return largest >= values;
 }
 
-void set_variable(const char* name, const char* value) {
-#if defined(_WIN32)
-  _putenv_s(name, value == nullptr ? "" : value);
-#else
-  if (value == nullptr) unsetenv(name);
-  else setenv(name, value, 1);
-#endif
-}
-
 // Makes QMoE nodes that are created meanwhile compute in float32, like the debug graph's other matmuls.
 //
 // The 8-bit kernel of QMoE quantises activations to int8 whatever `accuracy_level` is; its noise of 0.3 % would hide a
@@ -51,13 +42,12 @@ class Float32Experts {
   explicit Float32Experts(bool wanted) {
     if (!wanted) return;
     for (const char* name : {"ORT_QMOE_CPU_QNBIT_GEMM", "ORT_USE_MLAS_Q4_GEMM_MOE"}) {
-      const char* value = std::getenv(name);
-      before_[name] = value == nullptr ? std::nullopt : std::optional<std::string>(value);
-      set_variable(name, "0");
+      before_[name] = system::variable(name);
+      system::set_variable(name, "0");
     }
   }
   ~Float32Experts() {
-    for (const auto& [name, value] : before_) set_variable(name.c_str(), value ? value->c_str() : nullptr);
+    for (const auto& [name, value] : before_) system::set_variable(name.c_str(), value);
   }
   Float32Experts(const Float32Experts&) = delete;
 

@@ -1,18 +1,13 @@
 #include "capi/runtime/onnxruntime/library.h"
 
-#include <cstdlib>
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
 
-#if defined(_WIN32)
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
-
 #include "capi/common/files.h"
 #include "capi/common/unicode.h"
+#include "system/library.h"
 
 namespace edgelm::capi {
 namespace {
@@ -28,57 +23,14 @@ constexpr const char* kNames[] = {"libonnxruntime.1.dylib", "libonnxruntime.dyli
 constexpr const char* kNames[] = {"libonnxruntime.so.1", "libonnxruntime.so"};
 #endif
 
-#if defined(_WIN32)
-
-std::wstring wide(const std::string& text) {
-  const int size = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
-  std::wstring found(size_t(size), L'\0');
-  MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), found.data(), size);
-  return found;
-}
-
-void* open_library(const std::string& path, std::string* why) {
-  HMODULE library = LoadLibraryExW(wide(path).c_str(), nullptr, LOAD_WITH_ALTERED_SEARCH_PATH);
-  if (library == nullptr) *why = concat("error ", int64_t(GetLastError()), " of Windows");
-  return library;
-}
-
-void* symbol(void* library, const char* name) {
-  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
-}
-
-std::string own_folder() {
-  HMODULE module = nullptr;
-  GetModuleHandleExW(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT,
-                     reinterpret_cast<LPCWSTR>(&own_folder), &module);
-  wchar_t path[1 << 10];
-  const DWORD size = GetModuleFileNameW(module, path, DWORD(std::size(path)));
-  if (size == 0 || size == std::size(path)) return "";
-  std::string found(3 * size, '\0');
-  found.resize(WideCharToMultiByte(CP_UTF8, 0, path, int(size), found.data(), int(found.size()), nullptr, nullptr));
-  return found.substr(0, found.find_last_of("\\/"));
-}
-
-#else
-
-void* open_library(const std::string& path, std::string* why) {
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) *why = dlerror();
-  return library;
-}
-
-void* symbol(void* library, const char* name) { return dlsym(library, name); }
+using system::open_library;
+using system::symbol;
 
 // The folder of this library, or of the program that it is linked into.
 std::string own_folder() {
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(&own_folder), &info) == 0 || info.dli_fname == nullptr) return "";
-  const std::string path = resolved(info.dli_fname);
-  const size_t slash = path.rfind('/');
-  return slash == std::string::npos ? "." : path.substr(0, slash);
+  const std::string file = system::file_of(reinterpret_cast<void*>(&own_folder));
+  return file.empty() ? "" : parent(resolved(file));
 }
-
-#endif
 
 OrtLibrary describe(void* opened, const std::string& path) {
   const auto get = reinterpret_cast<OrtGetApiBaseFunction>(symbol(opened, "OrtGetApiBase"));
@@ -105,8 +57,8 @@ OrtLibrary describe(void* opened, const std::string& path) {
 
 // The library and the path by which it was opened.
 void* find(const std::string& named, std::string* path) {
-  const char* variable = std::getenv(kVariable);
-  const bool by_variable = named.empty() && variable != nullptr && *variable != '\0';
+  const std::string variable = system::variable(kVariable).value_or("");
+  const bool by_variable = named.empty() && !variable.empty();
   std::string why;
   if (!named.empty() || by_variable) {
     *path = by_variable ? variable : named;
@@ -128,7 +80,12 @@ void* find(const std::string& named, std::string* path) {
   }
   for (const char* name : kNames) {
     *path = name;
-    if (void* opened = open_library(name, &why)) return opened;
+    void* opened = open_library(name, &why);
+    if (opened == nullptr) continue;
+    // Windows has one of its own: messages name the file.
+    const std::string file = system::file_of(symbol(opened, "OrtGetApiBase"));
+    if (!file.empty()) *path = file;
+    return opened;
   }
   fail_missing(folder);
 }

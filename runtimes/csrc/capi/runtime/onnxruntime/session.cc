@@ -6,13 +6,11 @@
 #include <mutex>
 #include <set>
 
-#if defined(_WIN32)
-#include <windows.h>
-#else
-#include <sys/mman.h>
-#endif
-
 #include "kernels/cpu.h"
+#include "system/memory.h"
+#if defined(_WIN32)
+#include "system/windows_text.h"
+#endif
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
 
@@ -61,11 +59,6 @@ OwnedSessionOptions session_options(const OrtLibrary& library, const Bundle& bun
   return options;
 }
 
-std::string parent(const std::string& path) {
-  const std::size_t slash = path.find_last_of("/\\");
-  return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
-}
-
 bool is_inside(const std::string& path, const std::string& folder) {
   const std::string start = folder == "/" ? folder : folder + "/";
   return path.compare(0, start.size(), start) == 0;
@@ -73,25 +66,17 @@ bool is_inside(const std::string& path, const std::string& folder) {
 
 // ONNX Runtime reads weights only from the folder of the graph, with links resolved.
 void refuse_linked_weights(const Bundle& bundle, const std::string& graph) {
-#if !defined(_WIN32)
   const std::string weights = bundle.file(bundle.manifest().weights_file), found = resolved(weights);
   if (is_inside(found, resolved(parent(graph))) || is_inside(found, parent(resolved(graph)))) return;
   fail(EDGELM_BUNDLE, weights, " is a link to ", found,
        ": ONNX Runtime reads weights only from the folder of the graph. Put the file itself there, or link the whole "
        "folder (",
        bundle.path(), ")");
-#else
-  (void)bundle;
-  (void)graph;
-#endif
 }
 
 std::basic_string<OrtPathCharacter> path_for_ort(const std::string& path) {
 #if defined(_WIN32)
-  const int size = MultiByteToWideChar(CP_UTF8, 0, path.data(), int(path.size()), nullptr, 0);
-  std::wstring found(std::size_t(size), L'\0');
-  MultiByteToWideChar(CP_UTF8, 0, path.data(), int(path.size()), found.data(), size);
-  return found;
+  return system::windows_path(path);
 #else
   return path;
 #endif
@@ -128,35 +113,14 @@ std::uint64_t checked_bytes(std::initializer_list<std::uint64_t> factors) {
 }
 
 Untouched::Untouched(std::uint64_t bytes) : data_(nullptr), bytes_(bytes) {
-  const std::size_t size = std::max<std::size_t>(bytes, 1);
-#if defined(_WIN32)
-  data_ = static_cast<unsigned char*>(VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
-  const bool failed = data_ == nullptr;
-#else
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#if defined(MAP_NORESERVE)
-  flags |= MAP_NORESERVE;
-#endif
-  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
-  const bool failed = data == MAP_FAILED;
-#if defined(MADV_NOHUGEPAGE)
-  // With huge pages the first row of each head would take 2 MB at once.
-  if (!failed) madvise(data, size, MADV_NOHUGEPAGE);
-#endif
-  data_ = failed ? nullptr : static_cast<unsigned char*>(data);
-#endif
-  if (failed) {
+  data_ = static_cast<unsigned char*>(system::map_memory(std::max<std::size_t>(bytes, 1), true));
+  if (data_ == nullptr) {
     fail(EDGELM_RUNTIME, "not enough memory for a cache of ", bytes, " bytes: use a smaller context_length");
   }
 }
 
 Untouched::~Untouched() {
-  if (data_ == nullptr) return;
-#if defined(_WIN32)
-  VirtualFree(data_, 0, MEM_RELEASE);
-#else
-  munmap(data_, std::max<std::size_t>(bytes_, 1));
-#endif
+  if (data_ != nullptr) system::unmap_memory(data_, std::max<std::size_t>(bytes_, 1));
 }
 
 std::vector<std::pair<std::string, std::string>> kv_names(std::int64_t layers) {

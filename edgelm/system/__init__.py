@@ -1,0 +1,1 @@
+"""What differs between operating systems, as runtimes/csrc/system for C++."""
