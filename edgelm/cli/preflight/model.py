@@ -391,6 +391,10 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def _count(value: float) -> str:
+    return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.3g} million"
+
+
 def _facts(found: Preflight) -> list[tuple[str, str]]:
     from edgelm.sizes import format_size
 
@@ -436,7 +440,7 @@ def _model(subject: Subject) -> str:
         return f"{subject.name}: not supported"
     weights = sum(matrix.rows * matrix.columns for matrix in decoder.matrices.values())
     experts = f", {decoder.active_experts} of {decoder.num_experts} experts a token" if decoder.num_experts else ""
-    return f"{subject.family}, {weights / 1e9:.2f} billion weights in {decoder.num_layers} layers{experts}"
+    return f"{subject.family}, {_count(weights)} weights in {decoder.num_layers} layers{experts}"
 
 
 def _bounds(prediction: Prediction, recipe: str) -> list[tuple[str, str]]:
@@ -457,7 +461,7 @@ def _bounds(prediction: Prediction, recipe: str) -> list[tuple[str, str]]:
             0,
             (
                 f"prefill {recipe}",
-                f"arithmetic: {prediction.operations / 1e9:.2f} billion operations per token at "
+                f"arithmetic: {_count(prediction.operations)} operations per token at "
                 f"{prediction.throughput / 1e9:,.0f} billion/s, {how}; first token after "
                 f"{prediction.first_token.value:.2f} s",
             ),
