@@ -10,6 +10,8 @@
 # make python310  what runs on a device with Python 3.10 (JetPack 6), on a real one: PYTHON310=python3.10
 # make test-windows  everything compiled for Windows by zig and run under wine; skipped where they are missing. Takes half
 #             an hour, and is no part of `make test`
+# make wheels wheels and C archives for every platform, in dist/, cross-compiled and checked; PLATFORMS=linux-aarch64 makes
+#             those of one. make wheels-reproducible builds twice, in two folders, and compares the bytes
 # make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed
 #
 # Building and testing need Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
@@ -34,7 +36,7 @@ OTHER_TESTS := tests/unit tests/arm $(GPU_TESTS)  # what has a target of its own
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt system,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-windows test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-windows test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 wheels wheels-reproducible release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -147,6 +149,12 @@ python310:
 	build/python310/bin/pytest -q tests/cuda/test_driver_calls.py tests/cuda/test_kernel_images.py tests/cuda/test_nvrtc.py tests/cuda/test_moe.py
 	cd build/python310 && bin/edgelm parity ../../tests/export/older_bundles/fox-tensorrt --runtime cuda-emulated
 	cd build/python310 && bin/edgelm doctor | grep -F 'this is Python 3.10; with Python 3.11 or newer'
+
+wheels: $(INSTALLED)
+	$(BIN)/python runtimes/csrc/dist/build.py $(PLATFORMS)
+
+wheels-reproducible: $(INSTALLED)
+	$(BIN)/python runtimes/csrc/dist/build.py --reproducible $(PLATFORMS)
 
 release:
 	.github/release.sh $(VERSION)

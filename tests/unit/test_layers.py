@@ -48,6 +48,7 @@ LAYERS = {
     "benchmark": "benchmark",
     "measuring": "measuring",
     "kit": "kit",
+    "releases": "runtimes.csrc.dist",
     "edgelm": "edgelm",
     "cli": "cli __main__",
 }
@@ -77,6 +78,7 @@ ALLOWED = {
     "benchmark": "base bundle sampling runtimes",
     "measuring": "base bundle pages benchmark",
     "kit": "base bundle",
+    "releases": "base",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "
     "methods pages parity evaluation comparison synth export benchmark measuring kit edgelm",
@@ -100,7 +102,9 @@ PACKAGES = {
     "lm_eval": "evaluation",
     "tqdm": "evaluation",
     "pytest": "parity",
-    "packaging": "kit",
+    "packaging": "kit releases",
+    "lief": "releases",
+    "scikit_build_core": "releases",
 }
 """Third-party packages and the parts that import them, without numpy."""
 
@@ -112,6 +116,9 @@ AT_ONCE = {
     "lm_eval": "evaluation",
     "tqdm": "evaluation",
     "pytest": "parity",
+    "packaging": "releases",
+    "lief": "releases",
+    "scikit_build_core": "releases",
 }
 """Modules that import a third-party package at module level; the others import it inside functions."""
 

@@ -33,9 +33,12 @@ target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUIL
 
 # Launch planning and the choice of kernels, without the plugins, which open their own file when they are loaded.
 set(EDGELM_PLANNING
-    "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
-set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> $<TARGET_OBJECTS:edgelm_operators> $<TARGET_OBJECTS:edgelm_core>
-                   $<TARGET_OBJECTS:edgelm_memory> $<TARGET_OBJECTS:edgelm_system> ${EDGELM_PLANNING} ${EDGELM_TABLES})
+    "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(api|counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
+# Without what the other libraries export.
+set(EDGELM_OPERATORS_INSIDE
+    "$<FILTER:$<TARGET_OBJECTS:edgelm_operators>;$<TARGET_OBJECTS:edgelm_core>,EXCLUDE,/(exports|measure)[.]cc[.]o(bj)?$>")
+set(EDGELM_OBJECTS $<TARGET_OBJECTS:edgelm_capi> ${EDGELM_OPERATORS_INSIDE} $<TARGET_OBJECTS:edgelm_memory>
+                   $<TARGET_OBJECTS:edgelm_system> ${EDGELM_PLANNING} ${EDGELM_TABLES})
 
 # cmake --install BUILD --component edgelm --prefix P [--strip]: the library, its headers, and what finds them from CMake
 # (find_package(edgelm), target edgelm::edgelm) and pkg-config. The installed folder can be moved.

@@ -25,6 +25,13 @@ foreach(language C CXX)
   set(CMAKE_${language}_ARCHIVE_FINISH "${EDGELM_ZIG} ranlib <TARGET>")
 endforeach()
 
+# What ships has no symbols but those that it exports. No file is edited when it is installed: this machine's tools know
+# its own format only.
+foreach(kind EXE SHARED MODULE)
+  set(CMAKE_${kind}_LINKER_FLAGS_INIT -s)
+endforeach()
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE NEVER)

@@ -201,6 +201,9 @@ class Operator : public OrtCustomOp {
 // The kernels for this CPU, chosen when the library is registered.
 const Kernels& ChosenKernels();
 
+// Choose the kernels and add the operators to a session's options.
+OrtStatus* RegisterOperators(OrtSessionOptions* options, const OrtApiBase* base);
+
 // The operators. Each object lives as long as the library.
 const OrtCustomOp* QuantEmbeddingOp();
 const OrtCustomOp* QuantLinearOp();

@@ -1,4 +1,4 @@
-// The library's entry point. ONNX Runtime calls it for each SessionOptions.register_custom_ops_library.
+// Registers the operators of a session, with the kernels of this CPU.
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -59,10 +59,7 @@ void Register(OrtSessionOptions* options, const OrtApi* api) {
 
 const Kernels& ChosenKernels() { return *chosen; }
 
-}  // namespace edgelm::ort
-
-extern "C" EDGELM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  using namespace edgelm::ort;
+OrtStatus* RegisterOperators(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) {  // an older runtime; CreateStatus is the first entry of every version
     return CreateStatus(base->GetApi(1), kFail,
@@ -70,3 +67,5 @@ extern "C" EDGELM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options
   }
   return Guarded(api, "EdgeLM's operators", "", [&] { Register(options, api); });
 }
+
+}  // namespace edgelm::ort

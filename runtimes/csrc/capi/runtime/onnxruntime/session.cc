@@ -12,7 +12,9 @@
 #include "system/windows_text.h"
 #endif
 
-extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
+namespace edgelm::ort {
+OrtStatus* RegisterOperators(OrtSessionOptions* options, const OrtApiBase* base);
+}
 
 namespace edgelm::capi {
 namespace {
@@ -54,7 +56,7 @@ OwnedSessionOptions session_options(const OrtLibrary& library, const Bundle& bun
   if (bundle.manifest().ops == "native") {
     std::string why;
     if (ChooseKernels(&why) == nullptr) fail(EDGELM_UNAVAILABLE, why);
-    library.require(RegisterCustomOps(options.get(), library.base), EDGELM_UNAVAILABLE);
+    library.require(ort::RegisterOperators(options.get(), library.base), EDGELM_UNAVAILABLE);
   }
   return options;
 }
