@@ -33,7 +33,7 @@ target_compile_definitions(edgelm_capi PRIVATE ${EDGELM_DEFINITIONS} EDGELM_BUIL
 
 # Launch planning and the choice of kernels, without the plugins, which open their own file when they are loaded.
 set(EDGELM_PLANNING
-    "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(api|counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
+    "$<FILTER:$<TARGET_OBJECTS:edgelm_gpu>,EXCLUDE,/(counters|driver|kernel_archive|plugin|exports)[.]cc[.]o(bj)?$>")
 # Without what the other libraries export.
 set(EDGELM_OPERATORS_INSIDE
     "$<FILTER:$<TARGET_OBJECTS:edgelm_operators>;$<TARGET_OBJECTS:edgelm_core>,EXCLUDE,/(exports|measure)[.]cc[.]o(bj)?$>")

@@ -50,7 +50,7 @@ def exported(root: Path) -> dict[str, frozenset[str]]:
     return {
         "_edgelm_quant": names("EDGELM_EXPORT", "quantize.h"),
         "_edgelm_ops": names("EDGELM_EXPORT", "kernels/cpu.h", "ort/operators/exports.cc", "ort/measure.h"),
-        "libedgelm_plugins": names(default, "cuda/host/api.cc", "cuda/tensorrt/exports.cc"),
+        "libedgelm_plugins": names(default, "cuda/host/exports.cc", "cuda/tensorrt/exports.cc"),
         "libedgelm": names("EDGELM_API", "capi/edgelm.h"),
         "edgelm-parity": frozenset(),
     }
