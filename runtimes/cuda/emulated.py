@@ -13,7 +13,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import ALIGNMENT, aligned
+from edgelm.devices import allowed_cores
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels.sources import SOURCES, translation_unit
@@ -112,15 +114,18 @@ class EmulatedDevice(Device):
         """
         missing = sorted(set(names) - self._launchers.keys())
         if missing:
-            source, _ = translation_unit(missing)
+            units = _units(missing)
             if self._lazy:
                 self._awaited |= set(missing)
             else:
-                self.load_source(missing, source)
+                self._load(missing, units)
 
     def load_source(self, names: Sequence[str], source: str) -> None:
         """Compile `source`, which instantiates the kernels `names` of headers in `SOURCES`. Raises as `load`."""
-        library = _library(source, self.info.capability, self._cache)
+        self._load(names, [source])
+
+    def _load(self, names: Sequence[str], sources: Sequence[str]) -> None:
+        library = _library(sources, self.info.capability, self._cache)
         self._launchers |= dict.fromkeys(names, (launcher(library), _prefetches(library)))
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
@@ -134,8 +139,7 @@ class EmulatedDevice(Device):
             self._captured.append(lambda: self.launch(launch))
             return
         if launch.kernel not in self._launchers and launch.kernel in self._awaited:
-            source, _ = translation_unit([launch.kernel])
-            self.load_source([launch.kernel], source)
+            self._load([launch.kernel], _units([launch.kernel]))
         if launch.kernel not in self._launchers:
             raise DeviceError(f"the kernel {launch.kernel} was not loaded: call load() first")
         grid = (ctypes.c_int * 3)(*launch.grid)
@@ -212,8 +216,12 @@ def compiled_library(names: Sequence[str], capability: tuple[int, int], cache: P
     Raises:
         DeviceError: there is no C++ compiler, or it rejects the sources.
     """
-    source, _ = translation_unit(sorted(names))
-    return _library(source, capability, cache or _default_cache())
+    return _library(_units(names), capability, cache or _default_cache())
+
+
+def _units(names: Iterable[str]) -> list[str]:
+    """Return a translation unit for each kernel."""
+    return [translation_unit([name])[0] for name in sorted(names)]
 
 
 def launcher(library: Path) -> Callable[..., bytes | None]:
@@ -238,38 +246,58 @@ def _default_cache() -> Path:
     return Path(os.environ.get("EDGELM_EMULATOR_CACHE") or Path.home() / ".cache/edgelm/emulator")
 
 
-def _library(source: str, capability: tuple[int, int], cache: Path) -> Path:
+# -O1: with -O2 compiling takes half as long again, and kernels run no faster.
+# -ffp-contract=off: only explicit fma() is fused. -fvisibility=hidden: a library's kernels see their own scheduler, not
+# that of another library in the process.
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DEDGELM_EMULATED",
+)
+_BLOCKS = '#include "emulator_blocks.h"\n'
+
+
+def _library(sources: Sequence[str], capability: tuple[int, int], cache: Path) -> Path:
+    """Link the kernels of several translation units. Each is compiled once, whatever the library that it is in."""
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
-    # -O1: with -O2 compiling takes half as long again, and kernels run no faster.
-    # -ffp-contract=off: only explicit fma() is fused. -fvisibility=hidden: a static variable of an inline function
-    # would otherwise be one object in the process, shared by all such libraries, even of different sources.
-    command = [
-        "-std=c++17",
-        "-O1",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-DEDGELM_EMULATED",
-        *fp8,
-    ]
-    text = "\0".join([source, *_included(source), *command]).encode()
-    library = cache / f"{hashlib.sha256(text).hexdigest()[:32]}.so"
+    units = {_key([_BLOCKS, *_included(_BLOCKS), *_FLAGS]): (_BLOCKS, [*_FLAGS])}
+    for source in sources:
+        units[_key([source, *_included(source), *_FLAGS, *fp8])] = (source, [*_FLAGS, *fp8])
+    library = cache / f"{_key(units)}.so"
     if not library.is_file():
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
-            raise DeviceError("the emulator of GPU kernels needs a C++ compiler: install g++, or set CXX to one")
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        objects = [cache / f"{key}.o" for key in units]
+        missing = [(file, *units[file.stem]) for file in objects if not file.is_file()]
+        with ThreadPoolExecutor(allowed_cores()) as pool:
+            for _ in pool.map(lambda one: _compile([*one[2], "-c"], one[0], one[1]), missing):
+                pass
+        _compile(["-shared", *map(str, objects)], library)
+    return library
+
+
+def _key(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def _compile(options: Sequence[str], output: Path, source: str | None = None) -> None:
+    """Run the compiler with these options; the output appears when it is complete."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise DeviceError("the emulator of GPU kernels needs a C++ compiler: install g++, or set CXX to one")
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        made = Path(folder) / output.name
+        call = [compiler, *options, "-o", str(made)]
+        if source is not None:
             file = Path(folder) / "kernels.cc"
             file.write_text(source, encoding="utf-8", newline="\n")
-            output = Path(folder) / "kernels.so"
-            call = [compiler, *command, f"-I{SOURCES}", str(file), "-o", str(output)]
-            done = subprocess.run(call, capture_output=True, text=True, check=False)
-            if done.returncode:
-                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
-                raise DeviceError(f"{compiler} cannot compile the emulated kernels: {first}")
-            output.replace(library)
-    return library
+            call += [f"-I{SOURCES}", str(file)]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
+            raise DeviceError(f"{compiler} cannot compile the emulated kernels: {first}")
+        made.replace(output)

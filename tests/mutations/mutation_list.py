@@ -32,7 +32,9 @@ class Mutation:
     @property
     def compiled(self) -> bool:
         """Whether the libraries must be recompiled. The emulator compiles the CUDA sources itself."""
-        return self.file.startswith("runtimes/csrc/") and not self.file.endswith((".cuh", "/emulator.h"))
+        return self.file.startswith("runtimes/csrc/") and not self.file.endswith(
+            (".cuh", "/emulator.h", "/emulator_blocks.h")
+        )
 
     def line(self, root: Path = ROOT) -> int:
         """Return the line of the file that is changed."""
