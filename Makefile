@@ -26,6 +26,8 @@ VENV ?= .venv
 # and empty the folder for each isolated environment: scikit-build-core is installed first.
 export CMAKE_GENERATOR ?= Unix Makefiles
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+# Tests start hundreds of processes; each would compile EdgeLM's Python again, for up to 0.3 s.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
