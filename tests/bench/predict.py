@@ -1,6 +1,6 @@
 """Does a bundle run as fast as `edgelm doctor` predicts? Both run in turn: the machine's speed changes by the minute.
 
-    python tests/bench/predict.py BUNDLE... [--prompt-tokens 512 2048] [--new-tokens 32] [--rounds 3]
+    python tests/bench/predict.py BUNDLE... [--prompt-tokens 512 2048] [--new-tokens 128] [--rounds 3]
 
 A round is a prediction, from config.json and recipe alone, and then a run of the bundle as `edgelm bench` runs it; one
 more run before warms up. Prints a table of the medians with the errors in per cent, and one JSON line last.
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[512, 2048])
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kv")
     args = parser.parse_args()
