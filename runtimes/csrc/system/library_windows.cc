@@ -7,10 +7,12 @@
 namespace edgelm::system {
 
 void* open_library(const std::string& path, std::string* why) {
-  // With a path, what the library itself needs is looked for beside it. Without one the system's own search applies.
+  // With a path, what the library itself needs is looked for beside it. Without one it is looked for beside the program
+  // and in the system's folder: not in the current folder, where anybody may have put one.
   const bool named = path.find_first_of("/\\") != std::string::npos;
   const std::wstring file = named ? absolute_path(windows_path(path)) : to_utf16(path);
-  HMODULE library = LoadLibraryExW(file.c_str(), nullptr, named ? LOAD_WITH_ALTERED_SEARCH_PATH : 0);
+  HMODULE library = LoadLibraryExW(file.c_str(), nullptr,
+                                   named ? LOAD_WITH_ALTERED_SEARCH_PATH : LOAD_LIBRARY_SEARCH_DEFAULT_DIRS);
   if (library == nullptr) *why = error_text(GetLastError());
   return reinterpret_cast<void*>(library);
 }
