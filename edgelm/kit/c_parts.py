@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 import re
 import tarfile
@@ -53,7 +52,7 @@ def collect(bundle: Bundle, platform: Platform, dist: Sequence[Path], wheels: Pa
     packages, glibc = [name], (2, 17)
     if bundle.manifest.target == "cpu":
         wheel = _onnxruntime(platform, wheels, progress)
-        entries.append(_library(wheel, platform))
+        entries += _library(wheel, platform)
         packages.append(wheel.path.name)
         glibc = max(glibc, wheel.glibc or glibc)
     entries.append(_script(platform, "{}.{}".format(*glibc)))
@@ -124,16 +123,18 @@ def _onnxruntime(platform: Platform, wheels: Path | None, progress: Progress) ->
     return wheel
 
 
-def _library(wheel: Wheel, platform: Platform) -> Entry:
-    """Return ONNX Runtime's library from its wheel, where libedgelm looks for it: beside itself."""
+def _library(wheel: Wheel, platform: Platform) -> list[Entry]:
+    """Return ONNX Runtime's library from its wheel, where libedgelm looks for it: beside itself; and its licences."""
     pattern, name = {
         "linux": (r"libonnxruntime\.so\.[\d.]+", "lib/libonnxruntime.so.1"),
         "macos": (r"libonnxruntime\.[\d.]+\.dylib", "lib/libonnxruntime.1.dylib"),
         "windows": (r"onnxruntime\.dll", "bin/onnxruntime.dll"),
     }[platform.name.partition("-")[0]]
     with zipfile.ZipFile(wheel.path) as archive:
-        found = [one for one in archive.namelist() if re.fullmatch(rf"(.*/)?onnxruntime/capi/{pattern}", one)]
+        names = archive.namelist()
+        found = [one for one in names if re.fullmatch(rf"(.*/)?onnxruntime/capi/{pattern}", one)]
         if len(found) != 1:
             raise EdgeLMError(f"{wheel.path} has no single library of ONNX Runtime: {', '.join(found) or 'none'}")
-        content = archive.read(found[0])
-    return Entry(f"{FOLDER}/{name}", content, len(content), hashlib.sha256(content).hexdigest())
+        licences = [one for one in names if re.fullmatch(r"(.*/)?onnxruntime/(LICENSE|ThirdPartyNotices\.txt)", one)]
+        places = {found[0]: name, **{one: f"licenses/onnxruntime/{posixpath.basename(one)}" for one in licences}}
+        return [of_bytes(f"{FOLDER}/{place}", archive.read(one)) for one, place in places.items()]

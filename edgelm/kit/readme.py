@@ -38,7 +38,7 @@ def readme(bundle: Bundle, platform: Platform, parts: Parts) -> str:
         "- SHA256SUMS: the hash of every file. To check them by hand:",
         f"    {_by_hand(platform)}",
     ]
-    return "\n\n".join(_wrapped(line) for line in lines) + "\n"
+    return "\n\n".join(_wrapped(line) for line in lines).replace("\n\n- ", "\n- ") + "\n"
 
 
 def _wrapped(line: str) -> str:

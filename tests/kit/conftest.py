@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -20,11 +21,11 @@ def platform() -> Platform:
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheels(tmp_path_factory: pytest.TempPathFactory, platform: Platform) -> Path:
     """A folder with the wheels of the packages that run bundles."""
     folder = tmp_path_factory.mktemp("wheels")
     for name in PACKAGES:
-        wheel_of_installed(name, folder)
+        wheel_of_installed(importlib.metadata.distribution(name), folder, platform)
     return folder
 
 

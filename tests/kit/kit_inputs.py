@@ -38,13 +38,12 @@ def wheel(path: Path, files: dict[str, bytes | Path]) -> Path:
     return path
 
 
-def wheel_of_installed(name: str, folder: Path) -> None:
-    """Write the wheel that an installed package came from, but for its programs."""
-    found = importlib.metadata.distribution(name)
+def wheel_of_installed(found: importlib.metadata.Distribution, folder: Path, platform: Platform) -> None:
+    """Write the wheel that a package came from, which was installed for a platform, but for its programs."""
     tags = re.findall(r"^Tag: (.*)$", found.read_text("WHEEL") or "", re.MULTILINE)
     parts = [sorted(set(part)) for part in zip(*(tag.split("-") for tag in tags), strict=True)]
-    # The tags of some wheels are those of the machine that built it; only Linux's count for pip.
-    parts[2] = [this_platform_checked().pip_tags[0]] if parts[2] != ["any"] else ["any"]
+    # Some name the system that built them.
+    parts[2] = [platform.pip_tags[0]] if parts[2] != ["any"] else ["any"]
     files = {
         str(path): Path(str(found.locate_file(path)))
         for path in found.files or []

@@ -131,6 +131,7 @@ def test_a_kit_for_c_needs_neither_python_nor_anything_else(c_kit: Path, tmp_pat
     assert printed.splitlines()[-1].startswith("The parity check passed.")
     assert json.loads((c_kit / "report.json").read_text())["made_by"].startswith("libedgelm ")
     assert (c_kit / "libedgelm" / "lib" / "libedgelm.so").is_symlink()
+    assert (c_kit / "libedgelm" / "licenses" / "onnxruntime" / "LICENSE").is_file()
     assert os.access(c_kit / "libedgelm" / "bin" / "edgelm-parity", os.X_OK)
 
 
