@@ -72,7 +72,7 @@ test-cpp: kernel
 
 # The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user. Then Python there.
 test-arm: $(INSTALLED) kernel
-	runtimes/csrc/tests/arm.sh
+	PYTHON=$(BIN)/python runtimes/csrc/tests/arm.sh
 	$(BIN)/pytest -q -rs tests/arm
 
 # The same for Windows, cross-compiled and run under wine, and parity of the tiny bundles; needs ziglang and wine64.

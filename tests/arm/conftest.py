@@ -7,6 +7,7 @@ import platform
 
 import pytest
 from root import ArmRoot, ArmRootUnavailable, arm_root
+from shipped import Shipped, install
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,9 @@ def arm() -> ArmRoot:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shipped(arm: ArmRoot, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    """What the wheel and the C archive for aarch64 hold, installed."""
+    return install(arm, tmp_path_factory.mktemp("shipped"))

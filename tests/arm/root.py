@@ -44,9 +44,10 @@ class ArmRootUnavailable(EdgeLMError):  # noqa: N818 - a reason to skip
 
 @dataclass(frozen=True)
 class Isa:
-    """An emulated CPU: qemu's name of it, and what its /proc/cpuinfo shows."""
+    """An emulated CPU: qemu's name of it, EdgeLM's, and what its /proc/cpuinfo shows."""
 
     cpu: str
+    name: str
     features: str
     implementer: str
     part: str
@@ -56,9 +57,11 @@ _V8 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 _V82 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 ISAS = {
     # All that qemu has, without what no board has: the vectors and matrices of variable length (SVE, SME).
-    "neon-i8mm": Isa("max,sve=off,sme=off,pauth-impdef=on", f"{_V82} i8mm bf16", "0x00", "0x051"),
-    "neon-dot": Isa("cortex-a76", _V82, "0x41", "0xd0b"),  # as on a Raspberry Pi 5
-    "scalar": Isa("cortex-a72", _V8, "0x41", "0xd08"),  # as on a Raspberry Pi 4
+    "neon-i8mm": Isa(
+        "max,sve=off,sme=off,pauth-impdef=on", "CPU implementer 0x00 part 0x051", f"{_V82} i8mm bf16", "0x00", "0x051"
+    ),
+    "neon-dot": Isa("cortex-a76", "Arm Cortex-A76", _V82, "0x41", "0xd0b"),  # as on a Raspberry Pi 5
+    "scalar": Isa("cortex-a72", "Arm Cortex-A72", _V8, "0x41", "0xd08"),  # as on a Raspberry Pi 4
 }
 """Emulated CPUs by the kernels that they run."""
 
@@ -304,3 +307,16 @@ def _is_arm(program: Path) -> bool:
     with program.open("rb") as stream:
         head = stream.read(20)
     return head[:4] == b"\x7fELF" and head[18:20] == (183).to_bytes(2, "little")
+
+
+def main() -> None:
+    """Make the machine, and print the command that starts a program of it: for scripts."""
+    try:
+        root = arm_root()
+    except ArmRootUnavailable as error:
+        sys.exit(f"test-arm: {error}")
+    print(_emulator(), "-cpu", ISAS["neon-i8mm"].cpu, "-L", root.folder / "isa" / "neon-i8mm")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 # machine's build (build/csrc). If a tool is missing, prints that and exits; with CI=true this is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
+python=${PYTHON:-.venv/bin/python}
 
 if [[ $(uname -m) == aarch64 ]]; then
     echo "test-arm: this machine is 64-bit Arm, test-cpp has run these tests"
@@ -29,3 +30,10 @@ if ! diff -u <(grep '^digest ' build/digest-here.txt) <(grep '^digest ' build/di
     exit 1
 fi
 echo "test-arm: $(grep -c '^digest ' build/digest-arm.txt) checksums are the same on $(uname -m) and aarch64"
+
+# What the wheel and the C archive for aarch64 hold, in their own build folder, for tests/arm.
+zig=${EDGELM_ZIG:-$("$python" -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')}
+target=$("$python" -c 'from edgelm.platforms import PLATFORMS; print(PLATFORMS["linux-aarch64"].zig)')
+cmake -S runtimes/csrc -B build/dist/linux-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG="$zig" \
+    -DEDGELM_TARGET="$target"
+cmake --build build/dist/linux-aarch64 --parallel 2 --target _edgelm_ops _edgelm_quant edgelm_plugins edgelm_parity
