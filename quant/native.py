@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
-from edgelm.platforms import LIBRARY_SUFFIX
 from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
+from edgelm.system.platforms import LIBRARY_SUFFIX
 
 ABI = 4
 LIBRARY = f"_edgelm_quant{LIBRARY_SUFFIX}"

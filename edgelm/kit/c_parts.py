@@ -14,8 +14,8 @@ from edgelm.errors import EdgeLMError
 from edgelm.kit.entries import Entry, check_name, of_bytes
 from edgelm.kit.parts import Parts, template
 from edgelm.kit.wheels import Target, Wheel, WheelSource, need_packaging
-from edgelm.platforms import Platform
 from edgelm.progress import Progress
+from edgelm.system.platforms import Platform
 from edgelm.version import __version__
 
 FOLDER = "libedgelm"

@@ -16,8 +16,8 @@ from edgelm.files import prepare_output
 from edgelm.kit import archives, c_parts, python_parts
 from edgelm.kit.entries import Entry, check_name, of_bytes, of_file, with_sums
 from edgelm.kit.readme import readme
-from edgelm.platforms import Platform, named
 from edgelm.progress import Progress, Silent
+from edgelm.system.platforms import Platform, named
 from edgelm.version import __version__
 
 _EARLIEST = 315532800  # 1 January 1980, the first day of zip files

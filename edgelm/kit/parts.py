@@ -10,7 +10,7 @@ from typing import Any
 
 from edgelm.bundle import Bundle
 from edgelm.kit.entries import Entry
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 from edgelm.version import __version__
 
 

@@ -11,8 +11,8 @@ from edgelm.errors import EdgeLMError
 from edgelm.kit.entries import of_bytes, of_file
 from edgelm.kit.parts import Parts, template
 from edgelm.kit.wheels import Target, Wheel, WheelSource, check_python, is_pure, need_packaging, our_wheel
-from edgelm.platforms import Platform
 from edgelm.progress import Progress
+from edgelm.system.platforms import Platform
 from edgelm.version import __version__
 
 PYTHONS = {

@@ -6,8 +6,8 @@ import textwrap
 
 from edgelm.bundle import Bundle
 from edgelm.kit.parts import Parts
-from edgelm.platforms import Platform
 from edgelm.sizes import format_size
+from edgelm.system.platforms import Platform
 from edgelm.version import __version__
 
 

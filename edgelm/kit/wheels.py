@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from edgelm.errors import EdgeLMError
 from edgelm.installing import install_hint
-from edgelm.platforms import Platform
 from edgelm.progress import Progress, Silent
+from edgelm.system.platforms import Platform
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

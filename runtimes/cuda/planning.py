@@ -14,8 +14,8 @@ from pathlib import Path
 
 import edgelm.runtimes
 from edgelm.errors import BundleError, DeviceError, EdgeLMError
-from edgelm.platforms import LIBRARY_SUFFIX
 from edgelm.runtimes.cuda.device import Launch
+from edgelm.system.platforms import LIBRARY_SUFFIX
 
 LIBRARY = f"libedgelm_plugins{LIBRARY_SUFFIX}"
 LIBRARY_VARIABLE = "EDGELM_PLUGINS_LIBRARY"

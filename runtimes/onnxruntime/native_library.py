@@ -13,7 +13,7 @@ from pathlib import Path
 
 import edgelm.runtimes
 from edgelm.errors import RuntimeUnavailableError
-from edgelm.platforms import LIBRARY_SUFFIX
+from edgelm.system.platforms import LIBRARY_SUFFIX
 
 __all__ = [
     "ISA_VARIABLE",

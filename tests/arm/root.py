@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from edgelm.errors import EdgeLMError
-from edgelm.platforms import named
+from edgelm.system.platforms import named
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "build" / "arm-root"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kit_inputs import BUILD, PACKAGES, ROOT, metadata, this_platform_checked, wheel, wheel_of_installed
 
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 from edgelm.version import __version__
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.platforms import Platform, this_platform
+from edgelm.system.platforms import Platform, this_platform
 from edgelm.version import __version__
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import pytest
 from kit_inputs import PYTHON, check, unpack
 
 from edgelm.kit import package
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 
 BASE = getattr(sys, "_base_executable", sys.executable)
 """The Python of this virtual environment, which has none of its packages."""

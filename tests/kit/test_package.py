@@ -26,7 +26,7 @@ from edgelm.kit import archives, package
 from edgelm.kit.entries import Entry, check_name, of_bytes, with_sums
 from edgelm.kit.package import check_target
 from edgelm.kit.wheels import Target, Wheel, WheelSource, our_wheel
-from edgelm.platforms import PLATFORMS, Platform
+from edgelm.system.platforms import PLATFORMS, Platform
 from edgelm.version import __version__
 
 ENTRIES = with_sums(

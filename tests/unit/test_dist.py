@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from packaging.tags import parse_tag
 
-from edgelm.platforms import PLATFORMS, Platform
 from edgelm.runtimes.csrc.dist import archive, binaries, build, checks, sbom
 from edgelm.runtimes.csrc.dist.binaries import Binary
+from edgelm.system.platforms import PLATFORMS, Platform
 
 ROOT = Path(__file__).parents[2]
 MACHINE = os.uname().machine

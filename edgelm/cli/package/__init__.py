@@ -10,7 +10,7 @@ import click
 
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, PATH, as_usage, json_option, output_option, overwrite_option
-from edgelm.platforms import PLATFORMS
+from edgelm.system.platforms import PLATFORMS
 
 
 class Pythons(click.ParamType[tuple[str, ...]]):

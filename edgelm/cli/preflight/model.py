@@ -439,7 +439,7 @@ def _model(subject: Subject) -> str:
     if decoder is None:
         return f"{subject.name}: not supported"
     weights = sum(matrix.rows * matrix.columns for matrix in decoder.matrices.values())
-    experts = f", {decoder.active_experts} of {decoder.num_experts} experts a token" if decoder.num_experts else ""
+    experts = f", {decoder.active_experts} of {decoder.num_experts} experts per token" if decoder.num_experts else ""
     return f"{subject.family}, {_count(weights)} weights in {decoder.num_layers} layers{experts}"
 
 

@@ -1,5 +1,7 @@
-# Cross-compile for any platform of edgelm/platforms.py with the clang of the ziglang wheel, which brings every C library:
-#   cmake -S runtimes/csrc -B BUILD -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG=PATH/ziglang/zig -DEDGELM_TARGET=aarch64-linux-gnu.2.17
+# Cross-compile for a platform of edgelm/system/platforms.py with the clang of the ziglang wheel, which brings every C
+# library:
+#   cmake -S runtimes/csrc -B BUILD -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG=PATH/ziglang/zig \
+#     -DEDGELM_TARGET=aarch64-linux-gnu.2.17
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES EDGELM_ZIG EDGELM_TARGET)
 if(NOT EDGELM_ZIG OR NOT EDGELM_TARGET)
   message(FATAL_ERROR "Give -DEDGELM_ZIG=PATH/ziglang/zig and -DEDGELM_TARGET=, such as aarch64-linux-gnu.2.17")

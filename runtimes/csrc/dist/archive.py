@@ -7,7 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 
 README = """\
 # EdgeLM {version} for {name}

@@ -24,7 +24,7 @@ from pathlib import Path
 import scikit_build_core.build as backend
 
 from edgelm.errors import EdgeLMError
-from edgelm.platforms import PLATFORMS, Platform, named, this_platform
+from edgelm.system.platforms import PLATFORMS, Platform, named, this_platform
 from edgelm.runtimes.csrc.dist import archive, checks, sbom
 from edgelm.runtimes.csrc.dist.smoke import smoke
 

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 from edgelm.runtimes.csrc.dist import binaries
 from edgelm.runtimes.csrc.dist.binaries import Binary
 

@@ -9,7 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from edgelm.platforms import Platform
+from edgelm.system.platforms import Platform
 
 CHECKPOINT = "examples/checkpoints/olmoe-tiny"
 

@@ -33,7 +33,7 @@ echo "test-arm: $(grep -c '^digest ' build/digest-arm.txt) checksums are the sam
 
 # What the wheel and the C archive for aarch64 hold, in their own build folder, for tests/arm.
 zig=${EDGELM_ZIG:-$("$python" -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')}
-target=$("$python" -c 'from edgelm.platforms import PLATFORMS; print(PLATFORMS["linux-aarch64"].zig)')
+target=$("$python" -c 'from edgelm.system.platforms import PLATFORMS; print(PLATFORMS["linux-aarch64"].zig)')
 cmake -S runtimes/csrc -B build/dist/linux-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG="$zig" \
     -DEDGELM_TARGET="$target"
 cmake --build build/dist/linux-aarch64 --parallel 2 --target _edgelm_ops _edgelm_quant edgelm_plugins edgelm_parity
