@@ -70,7 +70,7 @@ test-cpp: kernel
 	cmake --build build/csrc-sanitize --target edgelm_tests
 	ctest --test-dir build/csrc-sanitize --output-on-failure --parallel 2
 
-# The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user. Then Python there.
+# The same for 64-bit Arm, by the compiler of the releases and emulated; needs qemu-user. Then Python there.
 test-arm: $(INSTALLED) kernel
 	PYTHON=$(BIN)/python runtimes/csrc/tests/arm.sh
 	$(BIN)/pytest -q -rs tests/arm

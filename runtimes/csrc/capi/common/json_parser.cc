@@ -38,7 +38,9 @@ double beyond_range(std::string_view text) {
 }  // namespace
 
 double read_double(std::string_view text) {
-#if defined(__cpp_lib_to_chars) && __cpp_lib_to_chars >= 201611L
+// libc++ has it for double since 20 and does not say so, since it lacks it for long double.
+#if (defined(__cpp_lib_to_chars) && __cpp_lib_to_chars >= 201611L) ||                                                  \
+    (defined(_LIBCPP_VERSION) && _LIBCPP_VERSION >= 200000)
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   (void)end;
