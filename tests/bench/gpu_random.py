@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.export.graph.base import rotary_tables
-from edgelm.export.plan import GraphRequest, model_info
+from edgelm.export.plan import GraphRequest
 from edgelm.export.tensorrt.target import TensorrtTarget
 from edgelm.models import decoder as decoder_of
 from edgelm.models.rope import inverse_frequencies
@@ -59,7 +60,7 @@ def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
     """Return the program of a model with this config.json and recipe."""
     decoder = decoder_of(config)
     source: Any = _Shapes(recipe.for_model(decoder), decoder.tensor_shapes)
-    request = GraphRequest(source, decoder, model_info(decoder, "random"), "gpu", "bfloat16")
+    request = GraphRequest(source, decoder, ModelInfo.of(decoder, "random"), "gpu", "bfloat16")
     return Program.from_json(TensorrtTarget().build(request).files[PROGRAM_FILE], PROGRAM_FILE)
 
 
