@@ -18,7 +18,8 @@ Recorded for each file:
   array the root mean square and a sum with random signs are compared, with the tolerance `SUMS`, or `ROUNDED_SUMS` if
   activations are rounded to int8, which can differ by 1e-2 of a sum.
 - Calibrated weights depend on such sums too, when two codes are equally good. The size of the file and the frequency
-  of each half-byte value are compared, with the tolerance `CALIBRATED`.
+  of each half-byte value are compared, with the tolerance `CALIBRATED`; sums of their some 25 logits, which differ by
+  0.12 between an AMD and an Intel CPU, with `CALIBRATED_SUMS`.
 - Everything else is the same with AVX-512, AVX2 and SSE (tested with EDGELM_ISA, NPY_DISABLE_CPU_FEATURES,
   ATEN_CPU_CAPABILITY and MKL_CBWR).
 - On a machine like the recording one (`machine`: CPU, PyTorch, NumPy) all files must be the same bit for bit.
@@ -63,7 +64,7 @@ RECORDED = Path(__file__).with_suffix(".json")
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS, PRESETS = ("olmoe", "fox"), ("int4", "int8", "fp8", "none")
 TARGETS, OPERATOR_SETS = ("cpu", "cuda", "tensorrt"), ("native", "portable")
-SUMS, ROUNDED_SUMS, CALIBRATED = 1e-4, 0.05, 0.01
+SUMS, ROUNDED_SUMS, CALIBRATED_SUMS, CALIBRATED = 1e-4, 0.05, 0.25, 0.01
 """Allowed change of a sum, as a part of what sums of as many random numbers are; and of the share of a half byte."""
 
 _GOLDEN = GoldenOptions(prompts=(Prompt("code", "def merge(left, right):"), Prompt("b", "import os")), greedy_tokens=3)
@@ -265,7 +266,10 @@ def _record_manifest(manifest: Mapping[str, Any], *, exact: bool) -> Record:
 def _record_pack(path: Path, *, exact: bool) -> Record:
     with np.load(path) as pack:
         arrays = {name: pack[name] for name in pack}
-    return {"bits": _hash(path.read_bytes()), **_record_arrays(arrays, SUMS if exact else ROUNDED_SUMS, integers=exact)}
+    return {
+        "bits": _hash(path.read_bytes()),
+        **_record_arrays(arrays, SUMS if exact else CALIBRATED_SUMS, integers=exact),
+    }
 
 
 def _record_arrays(arrays: Mapping[str, NDArray[Any]], tolerance: float, *, integers: bool = True) -> Record:
@@ -275,7 +279,7 @@ def _record_arrays(arrays: Mapping[str, NDArray[Any]], tolerance: float, *, inte
     for name, values in sorted(arrays.items()):
         exact.append([name, str(values.dtype), list(values.shape)])
         if values.dtype == np.float32:
-            sums[name] = [ROUNDED_SUMS if name.startswith("rounded.") else tolerance, *_sums(values)]
+            sums[name] = [max(tolerance, ROUNDED_SUMS) if name.startswith("rounded.") else tolerance, *_sums(values)]
         elif integers:
             exact.append(values.tolist())
     return {"exact": _hash(exact), "sums": sums}
