@@ -16,6 +16,9 @@ from edgelm.reference.kv_cache import Trace
 from edgelm.reference.module import ReferenceModel
 
 TOLERANCE = 1e-5  # relative error in the Euclidean norm
+CACHED = 5 * TOLERANCE
+"""For chunks of a prompt against the whole, whose sums have another order: 1.1 times TOLERANCE for a Mixtral on an Intel
+Xeon, where one position multiplies the difference of its input."""
 
 
 @dataclass
@@ -97,8 +100,8 @@ def check_cached_decoding(c: Comparison) -> None:
     with torch.no_grad():
         for start, end in ((0, 5), (5, 6), (6, 7), (7, 19)):
             logits = c.model(c.ids[:, start:end], cache)
-            assert relative(logits, c.logits[:, start:end]) < TOLERANCE
+            assert relative(logits, c.logits[:, start:end]) < CACHED
         assert cache.length == 19
         cache.truncate(6)
-        assert relative(c.model(c.ids[:, 6:9], cache), c.logits[:, 6:9]) < TOLERANCE
+        assert relative(c.model(c.ids[:, 6:9], cache), c.logits[:, 6:9]) < CACHED
         assert cache.length == 9

@@ -27,7 +27,7 @@ LIBRARIES = {
 
 
 def run_time_packages(extra: str = "cpu") -> dict[str, metadata.Distribution]:
-    """Return what `pip install edgelm[EXTRA]` brings here, by name: requirements of requirements too.
+    """Return what pip installs here for EXTRA of edgelm, by name: requirements of requirements too.
 
     Args:
         extra: the extra of what runs a bundle.
