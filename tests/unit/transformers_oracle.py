@@ -17,8 +17,8 @@ from edgelm.reference.module import ReferenceModel
 
 TOLERANCE = 1e-5  # relative error in the Euclidean norm
 CACHED = 5 * TOLERANCE
-"""For chunks of a prompt against the whole, whose sums have another order: 1.1 times TOLERANCE for a Mixtral on an Intel
-Xeon, where one position multiplies the difference of its input."""
+"""For chunks of a prompt against the whole, whose sums have another order: 1.1 times TOLERANCE for a Mixtral on an
+Intel Xeon, where one position multiplies the difference of its input."""
 
 
 @dataclass
