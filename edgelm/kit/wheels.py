@@ -118,6 +118,7 @@ class Wheel:
                 if damaged is not None or len(names) != 1:
                     raise zipfile.BadZipFile(damaged or "no METADATA")
                 parsed = HeaderParser().parsestr(archive.read(names[0]).decode("utf-8"))
+        # zipfile's NotImplementedError: a damaged header asks for a compression that it does not know.
         except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise EdgeLMError(f"{self.path} is damaged ({error}): remove it and run the command again") from error
         return parsed.get_all("Requires-Dist", []), parsed.get("Requires-Python", "")

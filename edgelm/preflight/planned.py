@@ -7,6 +7,7 @@ tensor. The operators of the native set are kept too: their shapes are what is m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -151,7 +152,7 @@ def plan(
     )
 
 
-class _Builder:
+class _Builder(ABC):
     """Walks over a decoder and notes the tensors that an operator set stores. `vector`: bytes of a norm's values."""
 
     vector = 4
@@ -224,17 +225,21 @@ class _Builder:
             if isinstance(self.scheme(matrix.name), Scheme)
         )
 
+    @abstractmethod
     def embedding(self, table: Matrix) -> None:
-        raise NotImplementedError
+        """Plan the embedding table."""
 
+    @abstractmethod
     def linear(self, matrices: Sequence[Matrix], out: str, part: str, *, swiglu: bool = False) -> None:
-        raise NotImplementedError
+        """Plan matrices that are multiplied with one input, as tensors named `out`."""
 
+    @abstractmethod
     def moe(self, part: MoE, stem: str, layer: int) -> None:
-        raise NotImplementedError
+        """Plan router and experts of a layer."""
 
+    @abstractmethod
     def head(self, matrix: Matrix) -> None:
-        raise NotImplementedError
+        """Plan the output head."""
 
 
 class _Native(_Builder):
