@@ -1,17 +1,16 @@
-"""What the wheel and the C archive for aarch64 hold, put on the emulated machine: from the build folder of both."""
+"""The wheel and the C archive for aarch64, unpacked for the emulated machine: `make test-arm` packs and checks both."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import tomllib
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from root import PLATFORM, REPOSITORY, ArmRoot
 
-BUILD = REPOSITORY / "build" / "dist" / PLATFORM.name
+PACKED = REPOSITORY / "build" / "dist" / "packed"
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,26 @@ class Shipped:
         return {"PYTHONPATH": str(self.site), "EDGELM_ONNXRUNTIME": str(self.onnxruntime)}
 
 
-def install(root: ArmRoot, folder: Path) -> Shipped:
-    """Install what the wheel and the C archive hold, from their build folder, to a folder.
+def packed(pattern: str) -> Path:
+    """Return the one packed file of this name pattern.
 
     Raises:
-        AssertionError: it is not built.
+        AssertionError: there is none, or there are several.
     """
-    assert BUILD.is_dir(), f"{BUILD} is missing: run `make test-arm`"
-    site, archive = folder / "site", folder / "archive"
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    for source, target in settings["tool"]["scikit-build"]["wheel"]["force-include"].items():
-        shutil.copytree(REPOSITORY / source, site / target, ignore=shutil.ignore_patterns("csrc", "__pycache__"))
-    for component, prefix in (("wheel", site), ("edgelm", archive)):
-        command = ["cmake", "--install", BUILD, "--component", component, "--prefix", prefix]
-        subprocess.run(command, check=True, capture_output=True)
-    return Shipped(root, site, archive)
+    found = list(PACKED.glob(pattern))
+    assert len(found) == 1, f"{PACKED} has {len(found)} files {pattern}: remove the folder, and run `make test-arm`"
+    return found[0]
+
+
+def install(root: ArmRoot, folder: Path) -> Shipped:
+    """Unpack the wheel as pip does, and the C archive as a user does, to a folder."""
+    site = folder / "site"
+    with zipfile.ZipFile(packed(f"*{PLATFORM.wheel_tag}.whl")) as wheel:
+        wheel.extractall(site)
+    archive = packed(f"*-{PLATFORM.name}.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return Shipped(root, site, folder / archive.name.removesuffix(".tar.gz"))
 
 
 def zig() -> str:

@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 from root import ISAS, ArmRoot
+from shipped import PACKED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kit"))
 
-from kit_inputs import PACKAGES, metadata, unpack, wheel, wheel_of_installed
+from kit_inputs import PACKAGES, unpack, wheel_of_installed
 
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.kit import package
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.system.platforms import PLATFORMS
-from edgelm.version import __version__
 
 PLATFORM = PLATFORMS["linux-aarch64"]
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "olmoe-tiny"
 
 
 @pytest.fixture(scope="module")
-def inputs(arm: ArmRoot, shipped, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Our wheel and C archive, from what was built; the other wheels, from the machine's; a bundle with one prompt."""
+def inputs(arm: ArmRoot, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of our wheel and C archive; the other wheels, from the machine's; a bundle with one prompt."""
     folder = tmp_path_factory.mktemp("inputs")
-    dist, wheels = folder / "dist", folder / "wheels"
-    dist.mkdir()
+    wheels = folder / "wheels"
     wheels.mkdir()
-    files = {path.relative_to(shipped.site).as_posix(): path for path in shipped.site.rglob("*") if path.is_file()}
-    files[f"edgelm-{__version__}.dist-info/METADATA"] = metadata()
-    wheel(dist / f"edgelm-{__version__}-py3-none-{PLATFORM.wheel_tag}.whl", files)
-    name = f"edgelm-{__version__}-{PLATFORM.name}"
-    with tarfile.open(dist / f"{name}.tar.gz", "w:gz", compresslevel=1) as tar:
-        tar.add(shipped.archive, name)
     (site,) = arm.folder.glob("env/lib/python3.*/site-packages")
     for found in importlib.metadata.distributions(path=[str(site)]):
         if found.name.lower() in PACKAGES:
@@ -45,7 +37,7 @@ def inputs(arm: ArmRoot, shipped, tmp_path_factory: pytest.TempPathFactory) -> d
     # The emulator computes each position slowly.
     golden = GoldenOptions((Prompt("code", "def read(path):\n"),), greedy_tokens=2)
     export_bundle(CHECKPOINT, folder / "olmoe", recipe="int4", options=ExportOptions(golden=golden))
-    return {"bundle": folder / "olmoe", "dist": dist, "wheels": wheels, "site": site}
+    return {"bundle": folder / "olmoe", "dist": PACKED, "wheels": wheels, "site": site}
 
 
 def test_a_kit_passes_with_environment_python_alone_and_a_broken_one_is_named(

@@ -357,7 +357,9 @@ def test_signals_leave_no_bundle_and_the_next_run_starts_clean(checkpoint: MakeC
 
 def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     path, out = checkpoint("fox"), tmp_path / "bundle"
-    with pytest.raises(MemoryLimitError, match=r"--max-ram 52.4 MB is too little: this export takes about [0-9.]+ [MG]B"):
+    with pytest.raises(
+        MemoryLimitError, match=r"--max-ram 52.4 MB is too little: this export takes about [0-9.]+ [MG]B"
+    ):
         export_bundle(path, out, options=ExportOptions(golden=SHORT, max_ram=50 << 20))
     with pytest.raises(ExportError, match="target 'tpu' is not one of cpu"):
         ExportOptions(target="tpu")

@@ -1,6 +1,6 @@
 """`make wheels`: a wheel and a C archive for each platform, cross-compiled by zig's clang, then checked.
 
-    python runtimes/csrc/dist/build.py [PLATFORM ...] [--reproducible] [--no-smoke]
+    python runtimes/csrc/dist/build.py [PLATFORM ...] [--out FOLDER] [--reproducible] [--no-smoke]
 
 Beside them the pure wheel, the sources, a bill of materials and SHA256SUMS, in dist/. What a wheel holds is described
 in pyproject.toml, what an archive holds by CMake's component `edgelm`; build folders are build/dist/PLATFORM.
@@ -158,9 +158,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make wheels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("platforms", nargs="*", metavar="PLATFORM", help=f"default: all, {', '.join(PLATFORMS)}")
     parser.add_argument("--reproducible", action="store_true", help="build twice, and compare the bytes")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="FOLDER", help="default: dist")
     parser.add_argument("--no-smoke", action="store_true", help="do not run what is for this machine")
     options = parser.parse_args()
-    out = ROOT / "dist"
+    out = options.out.resolve()
     try:
         platforms = [named(name) for name in options.platforms] or list(PLATFORMS.values())
         files = build_all(ROOT, platforms, out)
@@ -177,7 +178,7 @@ def main() -> None:
         sys.exit(f"make wheels: {error}")
     write_sums(files, out)
     for path in files:
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  dist/{path.name}")
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {options.out.name}/{path.name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the C++ tests for 64-bit Arm: cross-compiled, under qemu-user. Compares the kernels' results with those of this
-# machine's build (build/csrc). If a tool is missing, prints that and exits; with CI=true this is a failure.
+# machine's build (build/csrc). Then packs and checks the wheel and the C archive, for the tests of tests/arm. If a tool is missing, prints that and exits; with CI=true this is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 python=${PYTHON:-.venv/bin/python}
@@ -34,3 +34,8 @@ if ! diff -u <(grep '^digest ' build/digest-here.txt) <(grep '^digest ' build/di
     exit 1
 fi
 echo "test-arm: $(grep -c '^digest ' build/digest-arm.txt) checksums are the same on $(uname -m) and aarch64"
+
+rm -rf build/dist/packed
+# The packed files need some date, and a copy of the sources without Git has none.
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1704067200} "$python" runtimes/csrc/dist/build.py linux-aarch64 \
+    --out build/dist/packed 2>build/dist/packed.log || { cat build/dist/packed.log >&2; exit 1; }
