@@ -66,7 +66,7 @@ endfunction()
 # beside its own folder, wherever that is.
 function(edgelm_parity_program)
   add_executable(edgelm_parity capi/programs/parity.c capi/programs/parity_summary.c capi/programs/json_reader.c)
-  set_target_properties(edgelm_parity PROPERTIES OUTPUT_NAME edgelm-parity LINKER_LANGUAGE C
+  set_target_properties(edgelm_parity PROPERTIES OUTPUT_NAME edgelm-parity LINKER_LANGUAGE C C_VISIBILITY_PRESET hidden
                         C_STANDARD 11 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
   target_compile_options(edgelm_parity PRIVATE -Os -Wall -Wextra -Werror=return-type)
   target_link_libraries(edgelm_parity PRIVATE edgelm)
@@ -83,7 +83,7 @@ function(edgelm_parity_program)
 endfunction()
 
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/capi/api.cc)
-  add_library(edgelm SHARED ${EDGELM_OBJECTS})
+  add_library(edgelm SHARED ${EDGELM_OBJECTS} ${EDGELM_ALLOCATION})
   set_target_properties(edgelm PROPERTIES LINKER_LANGUAGE CXX VERSION ${EDGELM_VERSION} SOVERSION ${EDGELM_ABI})
   if(WIN32)  # edgelm.dll and edgelm.lib, which MSVC can link
     set_target_properties(edgelm PROPERTIES PREFIX "" IMPORT_PREFIX "" IMPORT_SUFFIX ".lib")

@@ -17,8 +17,8 @@ constexpr const char* kProbes[] = {
     "Hello, world!",
     "  two  spaces\n\n\ttab 12345 3.14",
     "def f(x):\n    return x**2  # Gr\u00f6\u00dfe",
-    "\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587 \ud55c\uad6d\uc5b4 "
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940",
+    ("\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587 \ud55c\uad6d\uc5b4 "
+     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940"),
     "\U0001f389\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u00e9 \ufffd",
     "<bos><s></s><|endoftext|><start_of_turn>user\n<|user|>\n",
 };

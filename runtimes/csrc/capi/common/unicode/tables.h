@@ -35,7 +35,11 @@ struct Decomposed {
 struct Composed { std::uint16_t first, second, composite; };
 struct ComposedWide { std::uint32_t first, second, composite; };
 
+// The rows have no braces around the array in each.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmissing-braces"
 #include "capi/common/unicode/tables.inc"
+#pragma GCC diagnostic pop
 
 template <class T, std::size_t N>
 constexpr std::size_t size_of(const T (&)[N]) {

@@ -44,7 +44,7 @@ std::string read_text(const std::string& path) {
 }
 
 // The value of the first line "KEY : VALUE" with one of the keys.
-std::string field(const std::string& text, const std::set<std::string>& keys) {
+[[maybe_unused]] std::string field(const std::string& text, const std::set<std::string>& keys) {
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
     const std::size_t colon = line.find(':');
@@ -53,7 +53,7 @@ std::string field(const std::string& text, const std::set<std::string>& keys) {
   return "";
 }
 
-std::optional<std::int64_t> whole(const std::string& text) {
+[[maybe_unused]] std::optional<std::int64_t> whole(const std::string& text) {
   if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return {};
   return std::stoll(text);
 }
@@ -146,7 +146,7 @@ Json instruction_sets(const std::string& architecture) {
 }
 
 // Bytes of a control group's memory usage that the kernel can reclaim: page cache and slabs.
-std::int64_t reclaimable(const std::string& folder) {
+[[maybe_unused]] std::int64_t reclaimable(const std::string& folder) {
   std::istringstream lines(read_text(folder + "/memory.stat"));
   std::int64_t plain[3] = {}, totals[3] = {}, value = 0;
   const char* names[3] = {"active_file", "inactive_file", "slab_reclaimable"};
