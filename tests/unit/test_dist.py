@@ -63,6 +63,24 @@ def test_a_newer_glibc_and_another_cpu_are_refused(tmp_path: Path) -> None:
     assert problem == f"small.so: is ELF for {MACHINE}, expected Mach-O for aarch64"
 
 
+def test_a_library_for_macos_needs_a_signature_and_names_without_the_build_folder(tmp_path: Path) -> None:
+    source, library = tmp_path / "small.c", tmp_path / "small.dylib"
+    source.write_text("int edgelm_one(void) { return 1; }\n")
+    command = [build.ZIG, "cc", "-target", PLATFORMS["macos-arm64"].zig, "-dynamiclib", source, "-o", library]
+    subprocess.run([*command, "-install_name", "@rpath/small.dylib"], check=True)
+    good = binaries.read(library)
+    assert problems(good, "edgelm_one", platform=PLATFORMS["macos-arm64"]) == []
+    (problem,) = problems(dataclasses.replace(good, signed=False), "edgelm_one", platform=PLATFORMS["macos-arm64"])
+    assert problem == "small.so: has no signature, and macOS on Arm runs nothing without one"
+    program = tmp_path / "program"
+    (tmp_path / "main.c").write_text("int edgelm_one(void);\nint main(void) { return edgelm_one(); }\n")
+    command = [build.ZIG, "cc", "-target", PLATFORMS["macos-arm64"].zig, tmp_path / "main.c", library]
+    subprocess.run([*command, "-fvisibility=hidden", "-o", program], check=True)
+    assert "@rpath/small.dylib" in binaries.read(program).needs
+    (problem,) = problems(binaries.read(program), platform=PLATFORMS["macos-arm64"])
+    assert problem == "small.so: needs @rpath/small.dylib, which not every macos system has"
+
+
 def test_a_path_of_the_build_machine_is_found(tmp_path: Path) -> None:
     content = b"\0" + str(tmp_path / "small.c").encode()
     assert checks.check_paths("small.so", content, [tmp_path]) == [

@@ -12,7 +12,6 @@ if(EDGELM_TARGET MATCHES "-linux-")
   set(CMAKE_SYSTEM_NAME Linux)
 elseif(EDGELM_TARGET MATCHES "-macos")
   set(CMAKE_SYSTEM_NAME Darwin)
-  set(CMAKE_SHARED_LIBRARY_RUNTIME_C_FLAG "-Wl,-rpath,")  # CMake knows it on macOS only
 elseif(EDGELM_TARGET MATCHES "-windows-")
   set(CMAKE_SYSTEM_NAME Windows)
 else()

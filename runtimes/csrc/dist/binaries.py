@@ -22,6 +22,7 @@ class Binary:
         glibc: the newest version of glibc's symbols, such as (2, 17); None without any.
         executable_stack: whether the file asks for a stack that can be executed, or does not refuse it.
         rpaths: where the loader looks for `needs` first.
+        signed: whether a signature is inside; one of the linker counts. Only Mach-O files have them.
     """
 
     format: str
@@ -31,6 +32,7 @@ class Binary:
     glibc: tuple[int, ...] | None
     executable_stack: bool
     rpaths: tuple[str, ...]
+    signed: bool = False
 
 
 def read(path: Path) -> Binary:
@@ -39,6 +41,7 @@ def read(path: Path) -> Binary:
     Raises:
         ValueError: it is none of the three formats.
     """
+    lief.logging.disable()  # it would name tables that zig's linker leaves empty; what cannot be read is None
     binary: Any = lief.parse(str(path))
     if isinstance(binary, lief.ELF.Binary):
         return _elf(binary)
@@ -92,6 +95,7 @@ def _mach_o(binary: Any) -> Binary:
         glibc=None,
         executable_stack=lief.MachO.Header.FLAGS.ALLOW_STACK_EXECUTION in binary.header.flags_list,
         rpaths=tuple(str(command.path) for command in binary.rpaths),
+        signed=binary.has_code_signature,
     )
 
 

@@ -82,6 +82,8 @@ def check_binary(name: str, binary: Binary, platform: Platform, expected: frozen
         problems.append(f"{name}: does not export {_some(missing)}")
     if binary.executable_stack:
         problems.append(f"{name}: does not refuse an executable stack")
+    if system == "macos" and not binary.signed:
+        problems.append(f"{name}: has no signature, and macOS on Arm runs nothing without one")
     problems += [
         f"{name}: the loader would look in {path}, which is no place beside the file"
         for path in binary.rpaths

@@ -7,31 +7,47 @@
 
 namespace {
 
-void* allocate(std::size_t bytes) {
-  void* data = std::malloc(bytes > 0 ? bytes : 1);
-  if (data == nullptr) throw std::bad_alloc();
-  return data;
-}
+void* allocate(std::size_t bytes) noexcept { return std::malloc(bytes > 0 ? bytes : 1); }
 
-void* allocate(std::size_t bytes, std::align_val_t alignment) {
+void* allocate(std::size_t bytes, std::align_val_t alignment) noexcept {
   auto least = static_cast<std::size_t>(alignment);
   if (least < sizeof(void*)) least = sizeof(void*);
   void* data = nullptr;
-  if (posix_memalign(&data, least, bytes > 0 ? bytes : 1) != 0) throw std::bad_alloc();
+  return posix_memalign(&data, least, bytes > 0 ? bytes : 1) == 0 ? data : nullptr;
+}
+
+void* checked(void* data) {
+  if (data == nullptr) throw std::bad_alloc();
   return data;
 }
 
 }  // namespace
 
-void* operator new(std::size_t bytes) { return allocate(bytes); }
-void* operator new[](std::size_t bytes) { return allocate(bytes); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) { return allocate(bytes, alignment); }
-void* operator new[](std::size_t bytes, std::align_val_t alignment) { return allocate(bytes, alignment); }
+using std::align_val_t;
+using std::nothrow_t;
+using std::size_t;
+
+void* operator new(size_t bytes) { return checked(allocate(bytes)); }
+void* operator new[](size_t bytes) { return checked(allocate(bytes)); }
+void* operator new(size_t bytes, const nothrow_t&) noexcept { return allocate(bytes); }
+void* operator new[](size_t bytes, const nothrow_t&) noexcept { return allocate(bytes); }
+void* operator new(size_t bytes, align_val_t alignment) { return checked(allocate(bytes, alignment)); }
+void* operator new[](size_t bytes, align_val_t alignment) { return checked(allocate(bytes, alignment)); }
+void* operator new(size_t bytes, align_val_t alignment, const nothrow_t&) noexcept {
+  return allocate(bytes, alignment);
+}
+void* operator new[](size_t bytes, align_val_t alignment, const nothrow_t&) noexcept {
+  return allocate(bytes, alignment);
+}
 void operator delete(void* data) noexcept { std::free(data); }
 void operator delete[](void* data) noexcept { std::free(data); }
-void operator delete(void* data, std::size_t) noexcept { std::free(data); }
-void operator delete[](void* data, std::size_t) noexcept { std::free(data); }
-void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete[](void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete(void* data, std::size_t, std::align_val_t) noexcept { std::free(data); }
-void operator delete[](void* data, std::size_t, std::align_val_t) noexcept { std::free(data); }
+void operator delete(void* data, const nothrow_t&) noexcept { std::free(data); }
+void operator delete[](void* data, const nothrow_t&) noexcept { std::free(data); }
+void operator delete(void* data, size_t) noexcept { std::free(data); }
+void operator delete[](void* data, size_t) noexcept { std::free(data); }
+void operator delete(void* data, align_val_t) noexcept { std::free(data); }
+void operator delete[](void* data, align_val_t) noexcept { std::free(data); }
+void operator delete(void* data, align_val_t, const nothrow_t&) noexcept { std::free(data); }
+void operator delete[](void* data, align_val_t, const nothrow_t&) noexcept { std::free(data); }
+void operator delete(void* data, size_t, align_val_t) noexcept { std::free(data); }
+void operator delete[](void* data, size_t, align_val_t) noexcept { std::free(data); }

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Cross-compiles everything for 64-bit Windows with zig and runs it under wine: the C++ tests, and edgelm-parity with
 # Windows' own ONNX Runtime on the four tiny bundles. Results must be those of this machine's build (build/csrc), bit for
-# bit. If a tool is missing, prints that and exits; with CI=true this is a failure. Makes build/windows, 600 MB.
+# bit. If a tool is missing, prints that and exits; with CI=true this is a failure. Makes build/windows and
+# build/dist/windows-x86_64, 600 MB.
 set -euo pipefail
 cd "$(dirname "$0")/../../../.."
 python=${PYTHON:-.venv/bin/python} edgelm=${EDGELM:-.venv/bin/edgelm} work=build/windows
+# The build folder of the wheel and the C archive: what is tested here is what ships.
+build=build/dist/windows-x86_64
 
 zig=${ZIG:-$("$python" -c 'import os, ziglang; print(os.path.join(os.path.dirname(ziglang.__file__), "zig"))' 2>/dev/null || true)}
 missing=()
@@ -21,15 +24,15 @@ export WINEDEBUG=${WINEDEBUG:--all} WINEPREFIX=${WINEPREFIX:-$PWD/$work/wine}
 export WINEDLLOVERRIDES="mscoree,mshtml=;winemenubuilder.exe=d"
 mkdir -p "$work"
 
-cmake -S runtimes/csrc -B "$work" -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG="$zig" \
+cmake -S runtimes/csrc -B "$build" -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DEDGELM_ZIG="$zig" \
     -DEDGELM_TARGET=x86_64-windows-gnu -DEDGELM_BUILD_TESTS=ON -DCMAKE_CROSSCOMPILING_EMULATOR=wine
-cmake --build "$work" --parallel 2
-cmake --build "$work" --parallel 2 --target edgelm_tests
+cmake --build "$build" --parallel 2
+cmake --build "$build" --parallel 2 --target edgelm_tests
 wine cmd /c ver  # makes the prefix first: two tests at once would make it twice
-ctest --test-dir "$work" --output-on-failure --exclude-regex digest  # digest follows below
+ctest --test-dir "$build" --output-on-failure --exclude-regex digest  # digest follows below
 
 build/csrc/digest_test >"$work/digest-here.txt"
-wine "$work/digest_test.exe" | tr -d '\r' >"$work/digest-windows.txt"
+wine "$build/digest_test.exe" | tr -d '\r' >"$work/digest-windows.txt"
 diff -u <(grep '^digest ' "$work/digest-here.txt") <(grep '^digest ' "$work/digest-windows.txt")
 echo "test-windows: $(grep -c '^digest ' "$work/digest-windows.txt") checksums are the same here and under wine"
 
@@ -40,8 +43,9 @@ if [[ ! -f $work/onnxruntime.dll ]]; then
     "$python" -m zipfile -e "$work"/wheels/onnxruntime-*.whl "$work/wheels"
     cp "$work"/wheels/onnxruntime/capi/onnxruntime*.dll "$work"  # beside edgelm.dll
 fi
+cp "$build/edgelm.dll" "$build/edgelm-parity.exe" "$work"
 cc -std=c11 -Iruntimes/csrc runtimes/csrc/tests/windows/logits.c -Lbuild/csrc -ledgelm -o "$work/logits"
-"$zig" cc -target x86_64-windows-gnu -std=c11 -Iruntimes/csrc runtimes/csrc/tests/windows/logits.c "$work/edgelm.lib" \
+"$zig" cc -target x86_64-windows-gnu -std=c11 -Iruntimes/csrc runtimes/csrc/tests/windows/logits.c "$build/edgelm.lib" \
     -o "$work/logits.exe"
 
 here=$("$python" -c 'import onnxruntime.capi as c, glob; print(glob.glob(c.__path__[0] + "/libonnxruntime.so*")[0])')

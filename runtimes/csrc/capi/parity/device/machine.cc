@@ -66,7 +66,7 @@ std::string sysctl_text(const char* name) {
 }
 #endif
 
-#if !defined(__APPLE__)
+#if !defined(__APPLE__) && !defined(_WIN32)
 // The kinds of cores that an Arm machine's /proc/cpuinfo lists by number, since it has no names; empty elsewhere.
 std::string arm_cores(const std::string& text) {
   struct Kind {
