@@ -11,10 +11,9 @@ from edgelm.comparison.entries import Entry, Parity
 from edgelm.pages.bars import Bar, bar_chart
 from edgelm.pages.charts import STYLES, Series, line_chart
 from edgelm.pages.frame import Figure
-from edgelm.pages.numbers import number, power_label
+from edgelm.pages.numbers import number, power_label, size_label
 from edgelm.pages.page import render as render_page
 from edgelm.pages.page import write_page
-from edgelm.sizes import format_size
 
 _BARS = ("prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "resident_peak",
          "decode_joules_per_token")  # fmt: skip
@@ -75,7 +74,7 @@ def _charts(comparison: Comparison) -> list[Figure | None]:
                 measure.title,
                 bars,
                 x_label=f"{_unit(measure)}; {better}",
-                tick=_size_label if key == "resident_peak" else power_label,
+                tick=size_label if key == "resident_peak" else power_label,
             )
         )
     return charts
@@ -86,10 +85,6 @@ def _against_limit(parity: Parity) -> str:
         return "not a number" if parity.kl is None else number(parity.kl, 3)
     word = "above the limit" if parity.kl > parity.kl_limit else "limit"
     return f"{number(parity.kl, 3)}, {word} {number(parity.kl_limit, 3)}"
-
-
-def _size_label(value: float) -> str:
-    return format_size(value) if value else "0"
 
 
 def _unit(measure: Measure) -> str:

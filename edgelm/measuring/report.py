@@ -10,7 +10,7 @@ from edgelm.measuring.matrix import Matrix
 from edgelm.pages.bars import Bar, bar_chart
 from edgelm.pages.charts import STYLES, Series, line_chart
 from edgelm.pages.frame import Figure
-from edgelm.pages.numbers import number
+from edgelm.pages.numbers import number, size_label
 from edgelm.pages.page import render as render_page
 from edgelm.pages.page import write_page
 from edgelm.sizes import format_number, format_size
@@ -131,10 +131,7 @@ def _one_for_each_load(results: Sequence[BenchResult]) -> Figure | None:
         for name, result in found.items()
         for memory in (result.resident_after_run,)
     ]
-    return bar_chart(
-        "Memory after the runs", bars, x_label="resident memory; lower is better",
-        tick=lambda value: format_size(value) if value else "0",
-    )  # fmt: skip
+    return bar_chart("Memory after the runs", bars, x_label="resident memory; lower is better", tick=size_label)
 
 
 def _curves(results: Sequence[BenchResult]) -> list[Figure | None]:

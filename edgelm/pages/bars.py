@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from edgelm.pages.frame import (
     FONT,
@@ -16,6 +17,7 @@ from edgelm.pages.frame import (
     Figure,
     Frame,
     Shape,
+    decades,
     nice_ticks,
     px,
     shape,
@@ -81,18 +83,16 @@ def bar_chart(
     return Figure(title, [draw(frame) for frame in LAYOUTS], x_label, "", legend)
 
 
-def _finite(value: float | None) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
 def _axis(frame: Frame, bars: Sequence[Bar], log: bool) -> Axis:
-    values = [value for bar in bars for value in (bar.value, bar.limit) if value is not None and math.isfinite(value)]
+    values = [value for bar in bars for value in (bar.value, bar.limit) if _finite(value)]
     first, last = _LEFT + (18 if log else 0), frame.width - frame.right - 18
     if not log:
         return Axis(0.0, max(*values, 0.0) or 1.0, first, last)
-    positive = [value for value in values if value > 0] or [1.0]
-    low = 10.0 ** math.floor(math.log10(min(positive)))
-    return Axis(low, 10.0 ** math.ceil(math.log10(max(*positive, low * 10)) - 1e-12), first, last, log=True)
+    return Axis(*decades(value for value in values if value > 0), first, last, log=True)
 
 
 def _ticks(axis: Axis, log: bool) -> list[float]:
@@ -116,14 +116,14 @@ def _bar(frame: Frame, axis: Axis, bar: Bar, index: int, log: bool) -> list[Shap
         shape("text", "name", x=_LEFT, y=top + FONT, text=_cut(bar.name, room), title=tip),
         shape("text", "name end", x=value_at, y=top + FONT, text=bar.text),
     ]
-    if bar.value is not None and math.isfinite(bar.value):
+    if _finite(bar.value):
         end = axis.at(bar.value)
         if log:
             shapes.append(shape("circle", "m k1 full", cx=end, cy=middle, r=5, title=tip))
         else:
             width = max(1.0, end - axis.first)
             shapes.append(shape("rect", "bar", x=axis.first, y=middle - _BAR / 2, width=width, height=_BAR, title=tip))
-    if bar.limit is not None and math.isfinite(bar.limit):
+    if _finite(bar.limit):
         at = px(axis.at(bar.limit))
         line = f"M{at} {px(middle - _BAR / 2 - 1)}V{px(middle + _BAR / 2 + 1)}"
         shapes.append(shape("path", "limit", d=line, title=f"{bar.name}: limit {number(bar.limit)}"))

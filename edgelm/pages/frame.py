@@ -139,13 +139,18 @@ def value_axis(
     if given:
         low, high = given
     elif log:
-        positive = [value for value in values if value > floor] or [1.0]
-        low = 10.0 ** math.floor(math.log10(min(positive)))
-        high = 10.0 ** math.ceil(math.log10(max(*positive, low * 10)) - 1e-12)
+        low, high = decades(value for value in values if value > floor)
     else:
         low, high = min(0.0, *values), max(0.0, *values)
         high = high if high > low else low + 1.0
     return Axis(low, high, *frame.y_range, log)
+
+
+def decades(values: Iterable[float]) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis for positive values: powers of ten, at least a factor of ten apart."""
+    values = [*values] or [1.0]
+    low = 10.0 ** math.floor(math.log10(min(values)))
+    return low, 10.0 ** math.ceil(math.log10(max(*values, low * 10)) - 1e-12)
 
 
 def value_grid(frame: Frame, axis: Axis, *, share: bool = False, below: bool = False) -> list[Shape]:

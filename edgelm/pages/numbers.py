@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from edgelm.sizes import format_size
+
 _TIMES = " \N{MULTIPLICATION SIGN} 10"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -42,6 +44,11 @@ def power_label(value: float) -> str:
     """Format a number for the axis of a chart: "0.01", "10⁻⁴"."""
     text = _power(value, 3) if 0 < abs(value) < 1e-3 else number(value, 3)
     return text.removeprefix(f"1{_TIMES[:-2]}")
+
+
+def size_label(value: float) -> str:
+    """Format a number of bytes for the axis of a chart: "13.8 GB", and "0" without a unit."""
+    return format_size(value) if value else "0"
 
 
 def _power(value: float, digits: int) -> str:
