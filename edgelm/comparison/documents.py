@@ -6,7 +6,7 @@ missing: reports of earlier versions lack them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,11 +93,29 @@ class ModelDocument:
     name: str
 
 
-@dataclass(frozen=True)
-class ParityDocument:
-    """A report of `edgelm parity --json` or of libedgelm."""
+@dataclass(frozen=True, kw_only=True)
+class ReportDocument:
+    """What both kinds of reports have: the bundle, the settings of the run and the device."""
 
     bundle: str
+    recipe: str
+    runtime: str
+    threads: Count
+    device: DeviceDocument
+    notes: tuple[str, ...] = ()
+    ops: str | None = None
+    kv: str | None = None
+    isa: str | None = None
+    engine: str | None = None
+    resident_peak: Count | None = None
+    created: str | None = None
+    made_by: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityDocument(ReportDocument):
+    """A report of `edgelm parity --json` or of libedgelm."""
+
     passed: bool
     checks: tuple[CheckDocument, ...]
     kl_mean: float | None
@@ -107,22 +125,10 @@ class ParityDocument:
     cause: str | None
     diagnosis: DiagnosisDocument | None
     speed: CheckSpeedDocument | None
-    threads: Count
-    runtime: str
-    device: DeviceDocument
     model: ModelDocument
-    recipe: str
     source: str
     files: dict[str, FileDocument]
     tools: dict[str, str]
-    notes: tuple[str, ...] = ()
-    ops: str | None = None
-    kv: str | None = None
-    isa: str | None = None
-    engine: str | None = None
-    resident_peak: Count | None = None
-    created: str | None = None
-    made_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,33 +148,24 @@ class EnergyDocument:
     decode_joules_per_token: SpreadDocument | None = None
 
 
-@dataclass(frozen=True)
-class BenchDocument:
+@dataclass(frozen=True, kw_only=True)
+class BenchDocument(ReportDocument):
     """A result of `edgelm bench --json`."""
 
-    bundle: str
     model: str
-    recipe: str
-    runtime: str
-    threads: Count
-    ops: str
-    kv: str
+    # With field(), these must be there: without it they would have the defaults of the base class.
+    ops: str = field()
+    kv: str = field()
     batch: Count
     prompt_tokens: Count
     new_tokens: Count
     load_seconds: Positive
     prefill_tokens_per_second: SpreadDocument
     decode_tokens_per_second: SpreadDocument
-    resident_peak: Count | None
+    resident_peak: Count | None = field()
     files: dict[str, Count]
-    device: DeviceDocument
-    notes: tuple[str, ...] = ()
     sha256: dict[str, str] | None = None
-    isa: str | None = None
-    engine: str | None = None
     energy: EnergyDocument | None = None
-    created: str | None = None
-    made_by: str | None = None
 
 
 def read_report(path: Path) -> tuple[tuple[ParityDocument | BenchDocument, ...], list[str]]:

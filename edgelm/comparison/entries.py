@@ -13,6 +13,7 @@ from edgelm.comparison.documents import (
     DeviceDocument,
     EnergyDocument,
     ParityDocument,
+    ReportDocument,
     SpreadDocument,
     read_report,
 )
@@ -183,25 +184,39 @@ def unique_names(paths: Sequence[Path], names: Sequence[str] = ()) -> list[str]:
 
 
 def _named(document: BenchDocument, name: str) -> str:
-    batch = f", batch {document.batch}" if document.batch > 1 else ""
-    return f"{name}: {Path(document.bundle).name}, {document.threads} threads, {document.prompt_tokens} tokens{batch}"
+    tokens = f"{document.prompt_tokens} tokens{_batch(document)}"
+    return f"{name}: {Path(document.bundle).name}, {document.threads} threads, {tokens}"
 
 
-def _of_parity(document: ParityDocument, name: str, path: Path) -> Entry:
-    limit = next((check.limit for check in document.checks if check.name == "logits.kl_mean"), None)
-    loss = document.float_loss
-    speed = document.speed
+def _batch(document: BenchDocument) -> str:
+    return f", batch {document.batch}" if document.batch > 1 else ""
+
+
+def _entry(
+    document: ReportDocument,
+    name: str,
+    path: Path,
+    *,
+    model: str,
+    hashes: Mapping[str, str],
+    sizes: Mapping[str, int],
+    speed: Speed | None,
+    parity: Parity | None = None,
+    source: str | None = None,
+    exported_with: str | None = None,
+) -> Entry:
+    """Return the column of a document: what both kinds have, and what only one of them has or has otherwise."""
     return Entry(
         name=name,
         files=(str(path),),
         device=document.device,
         bundle=document.bundle,
-        model=document.model.name,
+        model=model,
         recipe=document.recipe,
-        source=document.source,
-        exported_with=document.tools.get("edgelm"),
-        hashes={file: info.sha256 for file, info in document.files.items() if info.sha256 is not None},
-        sizes={file: info.size for file, info in document.files.items() if info.size is not None},
+        source=source,
+        exported_with=exported_with,
+        hashes=hashes,
+        sizes=sizes,
         ops=document.ops,
         kv=document.kv,
         runtime=document.runtime,
@@ -210,6 +225,26 @@ def _of_parity(document: ParityDocument, name: str, path: Path) -> Entry:
         threads=document.threads,
         made_by=document.made_by,
         created=document.created,
+        parity=parity,
+        speed=speed,
+        memory=document.resident_peak,
+        notes=document.notes,
+    )
+
+
+def _of_parity(document: ParityDocument, name: str, path: Path) -> Entry:
+    limit = next((check.limit for check in document.checks if check.name == "logits.kl_mean"), None)
+    loss = document.float_loss
+    speed = document.speed
+    return _entry(
+        document,
+        name,
+        path,
+        model=document.model.name,
+        source=document.source,
+        exported_with=document.tools.get("edgelm"),
+        hashes={file: info.sha256 for file, info in document.files.items() if info.sha256 is not None},
+        sizes={file: info.size for file, info in document.files.items() if info.size is not None},
         parity=Parity(
             passed=document.passed,
             finding=_finding(document),
@@ -226,8 +261,6 @@ def _of_parity(document: ParityDocument, name: str, path: Path) -> Entry:
         speed=None
         if speed is None
         else Speed(speed.load_s, speed.prefill_tokens_per_s, speed.decode_tokens_per_s, "short runs of the check"),
-        memory=document.resident_peak,
-        notes=document.notes,
     )
 
 
@@ -250,38 +283,22 @@ def _finding(document: ParityDocument) -> str:
 
 
 def _of_bench(document: BenchDocument, name: str, path: Path) -> Entry:
-    batch = f", batch {document.batch}" if document.batch > 1 else ""
     energy = document.energy or EnergyDocument()
-    return Entry(
-        name=name,
-        files=(str(path),),
-        device=document.device,
-        bundle=document.bundle,
+    return _entry(
+        document,
+        name,
+        path,
         model=document.model,
-        recipe=document.recipe,
-        source=None,
-        exported_with=None,
         hashes=document.sha256 or {},
         sizes=document.files,
-        ops=document.ops,
-        kv=document.kv,
-        runtime=document.runtime,
-        engine=document.engine,
-        isa=document.isa,
-        threads=document.threads,
-        made_by=document.made_by,
-        created=document.created,
-        parity=None,
         speed=Speed(
             document.load_seconds,
             document.prefill_tokens_per_second.median,
             document.decode_tokens_per_second.median,
-            f"bench, {document.prompt_tokens} + {document.new_tokens} tokens{batch}",
+            f"bench, {document.prompt_tokens} + {document.new_tokens} tokens{_batch(document)}",
             _median(energy.prefill_joules_per_token),
             _median(energy.decode_joules_per_token),
         ),
-        memory=document.resident_peak,
-        notes=document.notes,
     )
 
 
