@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm import devices
-from edgelm.bundle import Bundle, Manifest
-from edgelm.bundle.reads import cache_bytes, weight_bytes_per_token
+from edgelm.bundle import Bundle, Manifest, reads
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.measuring.energy import Meter
@@ -132,9 +131,7 @@ class BenchResult:
 
 
 def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
-    """Return the bytes that must be read to decode one token at `position`: active weights and the KV cache so far.
-
-    `edgelm.bundle.reads` says what counts.
+    """Return the bytes that decoding one token at `position` reads; `edgelm.bundle.reads` says what counts.
 
     Args:
         manifest: the bundle's manifest.
@@ -142,8 +139,8 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
         kv: type of the KV cache, one of `edgelm.bundle.kv_cache.KV_TYPES`; None for the bundle's own.
     """
     kind = kv or manifest.graph.kv_dtype
-    weights = weight_bytes_per_token(((tensor.name, tensor.size) for tensor in manifest.tensors), manifest.model)
-    return round(weights + cache_bytes(manifest.model, kind, manifest.ops, position))
+    tensors = ((tensor.name, tensor.size) for tensor in manifest.tensors)
+    return reads.bytes_per_token(tensors, manifest.model, kind, manifest.ops, position)
 
 
 def exceeds_caches(nbytes: int) -> bool:

@@ -35,3 +35,16 @@ def weight_bytes_per_token(tensors: Iterable[tuple[str, int]], model: ModelInfo)
 def cache_bytes(model: ModelInfo, kv: str, ops: str, tokens: float = 1) -> float:
     """Return the bytes of the KV cache of `tokens` tokens, of the type `kv`, in the operator set `ops`."""
     return 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, ops) * tokens
+
+
+def bytes_per_token(tensors: Iterable[tuple[str, int]], model: ModelInfo, kv: str, ops: str, position: float) -> int:
+    """Return the bytes that decoding one token at `position` reads: active weights and the KV cache so far.
+
+    Args:
+        tensors: as `weight_bytes_per_token`.
+        model: the model's shapes.
+        kv: type of the KV cache.
+        ops: operator set.
+        position: tokens in the cache; may be an average.
+    """
+    return round(weight_bytes_per_token(tensors, model) + cache_bytes(model, kv, ops, position))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from edgelm import devices
 from edgelm.bundle.cpu_layout import RESCORE, TILE, Kind
-from edgelm.bundle.reads import cache_bytes, weight_bytes_per_token
+from edgelm.bundle.reads import bytes_per_token
 from edgelm.errors import EdgeLMError
 from edgelm.preflight.planned import Matmul, Planned
 from edgelm.runtimes.base import DEFAULT_CHUNK
@@ -105,9 +105,8 @@ class _Share:
 
 
 def read_bytes(planned: Planned, kv: str, position: float) -> int:
-    """Return the bytes that decoding a token at `position` reads; as `edgelm.benchmark.bytes_per_token`."""
-    weights = weight_bytes_per_token(planned.tensors.items(), planned.info)
-    return round(weights + cache_bytes(planned.info, kv, planned.ops, position))
+    """Return the bytes that decoding a token at `position` reads."""
+    return bytes_per_token(planned.tensors.items(), planned.info, kv, planned.ops, position)
 
 
 def operations(planned: Planned, tokens: int) -> int:
