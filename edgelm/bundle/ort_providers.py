@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edgelm.bundle.activations import FLOAT32
 from edgelm.errors import ExportError
+from edgelm.quant.scheme import AnyScheme, Scheme
+
+SOME_EXPERTS_FLOAT = (
+    "stays float in this recipe, which quantises other experts of its layer: the experts of a layer are one operator, "
+    "so quantise all of them or none"
+)
+"""Why one expert that stays float is refused."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,33 @@ class Provider:
     def largest_block(self) -> int:
         """Return the largest supported group. A larger one is stored as several groups with equal scales."""
         return max(self.blocks)
+
+    def scheme_problem(self, scheme: AnyScheme | None) -> str | None:
+        """Return why ONNX Runtime's own operators have no weights of a scheme (None: float), or None if they do."""
+        if isinstance(scheme, Scheme) and scheme.bits in (4, 8):
+            return None
+        return (
+            f"is {'float' if scheme is None else scheme.name} in this recipe, but ONNX Runtime's own operators support "
+            f"only int4 and int8: {self.instead}, or choose another recipe"
+        )
+
+    def table_problem(self, groups: int, bits: int) -> str | None:
+        """Return why a quantised table with zero points of `bits` for `groups` groups per row fails, or None."""
+        if not self.whole_zero_rows or groups * bits % 8 == 0:
+            return None
+        return (
+            f"has {groups} groups per row with zero points of {bits} bits, which {self.title} computes wrongly: give "
+            "it a symmetric scheme in the recipe"
+        )
+
+    def expert_activations_problem(self, kind: str, bits: int) -> str | None:
+        """Return why quantised experts of `bits` cannot have activations of a kind, or None."""
+        if not self.rounds_activations or kind != FLOAT32 or bits != 8:
+            return None
+        return (
+            "has float activations in this recipe, but ONNX Runtime's MoE operator always rounds the inputs of 8-bit "
+            "experts to int8: export with --ops native, or leave activations out of the recipe"
+        )
 
     def expert_problem(self, block: int, columns: int) -> str | None:
         """Return why groups of `block` or rows of `columns` weights are not supported in quantised experts, or None."""

@@ -9,32 +9,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from edgelm.bundle import ModelInfo
+from edgelm.bundle.activations import CPU as CPU_ACTIVATIONS
+from edgelm.bundle.activations import INT8
 from edgelm.bundle.cpu_layout import HEADER_BYTES, Kind, PackedMatrix, aligned
 from edgelm.bundle.formats import (
     BlockFormat,
     CpuFormat,
-    GpuFormat,
     block_format,
     block_of,
     cpu_format,
     float_format,
-    gpu_format,
+    gpu_float_type,
+    gpu_kv,
+    native_kv,
+    portable_kv,
+    require_gate_and_up,
+    require_gpu_format,
+    splits_head,
 )
-from edgelm.bundle.ort_providers import CPU, CUDA
+from edgelm.bundle.ort_providers import CPU, CUDA, SOME_EXPERTS_FLOAT
 from edgelm.errors import ExportError
 from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE, Norm, Rope
-from edgelm.quant.recipe import AUTO, Recipe
+from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme, Scheme
 
 TARGETS = ("cpu", "cuda", "tensorrt")
 PAGE = 4096
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-_INT8_ACTIVATIONS = (AUTO, "int8-token", "int8-static")
-_PORTABLE_BITS = (4, 8)
 
 SchemeOf = Callable[[str], AnyScheme | None]
 
@@ -100,9 +105,9 @@ def float_type(asked: str, stored: str, target: str, *, quantises: bool) -> str:
         target: kind of device.
         quantises: whether the recipe quantises any matrix.
     """
-    if target == "tensorrt" and asked == AUTO:
-        return stored if stored in ("float16", "bfloat16") else "bfloat16"
-    return asked if target == "tensorrt" else _PROVIDERS[target].float_dtype(asked, stored, quantises=quantises)
+    if target == "tensorrt":
+        return gpu_float_type(asked, stored)
+    return _PROVIDERS[target].float_dtype(asked, stored, quantises=quantises)
 
 
 def plan(
@@ -128,16 +133,19 @@ def plan(
 
     Raises:
         ExportError: the target does not support what the recipe asks for.
+        RecipeError: a pattern of the recipe matches no tensor.
     """
     recipe = recipe.for_model(decoder)
     shapes = decoder.tensor_shapes
+    if scheme is None:
+        recipe.check(shapes)
 
     def of_recipe(tensor: str) -> AnyScheme | None:
         return recipe.scheme_for(tensor, shapes[tensor])
 
     ops = {"cuda": "portable", "tensorrt": "gpu"}.get(target, ops)
-    kind = {"native": _Native, "portable": _Portable, "gpu": _Gpu}[ops]
-    made = kind(decoder, recipe, target, dtype, scheme or of_recipe)
+    kinds: dict[str, type[_Builder]] = {"native": _Native, "portable": _Portable, "gpu": _Gpu}
+    made = kinds[ops](decoder, recipe, target, dtype, scheme or of_recipe)
     made.build()
     return Planned(
         decoder=decoder,
@@ -192,9 +200,9 @@ class _Builder(ABC):
             self.moe(part, f"{stem}.moe", block.layer)
         self.norm(block.after)
 
+    @abstractmethod
     def kv(self) -> str:
         """Return the type of the KV cache by default."""
-        return "float16" if self.recipe.kv == AUTO else self.recipe.kv
 
     def positions(self) -> int:
         """Return the rows of a RoPE table."""
@@ -218,12 +226,13 @@ class _Builder(ABC):
             self.tensors[f"{stem}.bias"] = self.vector * sum(matrix.rows for matrix in matrices)
 
     def int8(self, matrices: Sequence[Matrix]) -> bool:
-        """Return whether the activations of a matmul are rounded to int8 (`edgelm.export.activations`)."""
-        return all(
-            self.recipe.activations_for(matrix.name) in _INT8_ACTIVATIONS
-            for matrix in matrices
-            if isinstance(self.scheme(matrix.name), Scheme)
-        )
+        """Return whether the activations of a matmul are rounded to int8."""
+        return CPU_ACTIVATIONS.of_matmul(self, [matrix.name for matrix in matrices]) == INT8
+
+    def experts_activations(self, part: MoE, layer: int) -> str:
+        """Return the type of the activations of a layer's experts."""
+        names = [matrix.name for expert in part.experts for matrix in expert.matrices]
+        return CPU_ACTIVATIONS.of_experts(self, names, layer)
 
     @abstractmethod
     def embedding(self, table: Matrix) -> None:
@@ -246,8 +255,7 @@ class _Native(_Builder):
     """As `edgelm.export.graph.native`."""
 
     def kv(self) -> str:
-        exact = self.recipe.default is None and all(rule.scheme is None for rule in self.recipe.rules)
-        return self.recipe.kv if self.recipe.kv != AUTO else "float32" if exact else "float16"
+        return native_kv(self.recipe)
 
     def embedding(self, table: Matrix) -> None:
         self._stored((table,), table.name, split=self.decoder.tied and self._splits_head())
@@ -273,16 +281,12 @@ class _Native(_Builder):
         found: dict[tuple[str, PackedMatrix], int] = {}
         for expert in part.experts:
             for name, matrices in (("gate and up", (expert.gate, expert.up)), ("down", (expert.down,))):
-                matrix = self._packed(matrices, swiglu=len(matrices) == 2)
-                if matrix is None:
-                    raise ExportError(
-                        f"the recipe stores {expert.gate.name} and {expert.up.name} in types that cannot be combined: "
-                        "gate and up are one matmul, so make both integers, both fp8 or both float"
-                    )
+                fmt = require_gate_and_up(self._format(matrices), expert.gate.name, expert.up.name)
+                matrix = _packed(fmt, matrices, swiglu=len(matrices) == 2)
                 place = aligned(place) + matrix.nbytes
                 found[name, matrix] = found.get((name, matrix), 0) + 1
         self.tensors[f"{stem}.experts"] = place
-        int8 = self.int8([part.experts[0].gate])
+        int8 = self.experts_activations(part, layer) == INT8
         for (name, matrix), count in found.items():
             active = part.k * count / len(part.experts)
             self.matmuls.append(Matmul(name, matrix, count, max(1, round(active)), layer, int8))
@@ -297,44 +301,41 @@ class _Native(_Builder):
 
     def _splits_head(self) -> bool:
         names = (name for name, matrix in self.decoder.matrices.items() if matrix.layer is not None)
-        less = any(scheme is not None and scheme.bits < 8 for scheme in map(self.scheme, names))
-        return less and self.int8((self.decoder.head,))
+        return splits_head(map(self.scheme, names)) and self.int8((self.decoder.head,))
 
-    def _packed(self, matrices: Sequence[Matrix], *, swiglu: bool = False) -> PackedMatrix | None:
-        """Return how stacked matrices are stored; None if no format holds all of them."""
+    def _format(self, matrices: Sequence[Matrix]) -> CpuFormat | None:
+        """Return the format of stacked matrices; None if none holds all of them."""
         schemes = [self.scheme(matrix.name) for matrix in matrices]
         quantized = [scheme for scheme in schemes if scheme is not None]
-        columns, rows = matrices[0].columns, sum(matrix.rows for matrix in matrices)
-        fmt: CpuFormat | None = float_format(self.dtype, columns)
-        if quantized:
-            same = len(quantized) == len(schemes)
-            fmt = cpu_format(quantized, columns, matrices[0].name) if same else None
-        return None if fmt is None else fmt.matrix(rows, columns, swiglu=swiglu)
+        columns = matrices[0].columns
+        if not quantized:
+            return float_format(self.dtype, columns)
+        return cpu_format(quantized, columns, matrices[0].name) if len(quantized) == len(schemes) else None
 
     def _stored(
         self, matrices: Sequence[Matrix], stem: str, *, swiglu: bool = False, split: bool = False
     ) -> PackedMatrix | None:
-        matrix = self._packed(matrices, swiglu=swiglu)
-        if matrix is None:
+        fmt = self._format(matrices)
+        if fmt is None:
             return None
-        if split and matrix.kind is Kind.INT8 and not matrix.zeros:
-            matrix = replace(matrix, kind=Kind.INT8_SPLIT)
+        matrix = _packed(fmt.split if split else fmt, matrices, swiglu=swiglu)
+        if matrix.kind is Kind.INT8_SPLIT:
             matrix = matrix.with_low_offset(aligned(matrix.first_bytes, PAGE))
             self.tensors[f"{stem}.lower"] = matrix.low_bytes
         self.tensors.setdefault(stem, matrix.first_bytes)
         return matrix
 
 
+def _packed(fmt: CpuFormat, matrices: Sequence[Matrix], *, swiglu: bool) -> PackedMatrix:
+    """Return how stacked matrices are stored."""
+    return fmt.matrix(sum(matrix.rows for matrix in matrices), matrices[0].columns, swiglu=swiglu)
+
+
 class _Gpu(_Builder):
     """As `edgelm.export.graph.gpu`."""
 
     def kv(self) -> str:
-        if self.recipe.kv == "float32":
-            raise ExportError(
-                f'recipe {self.recipe.name} has kv = "float32", which is not supported on GPUs: leave kv out, or '
-                "choose float16, int8 or fp8"
-            )
-        return super().kv()
+        return gpu_kv(self.recipe)
 
     def positions(self) -> int:
         return aligned(self.decoder.context_length, 64)
@@ -359,12 +360,7 @@ class _Gpu(_Builder):
     def _blob(self, groups: Sequence[Sequence[Matrix]], stem: str, *, swiglu: bool = False) -> None:
         names = [matrix.name for matrices in groups for matrix in matrices]
         columns = groups[0][0].columns
-        fmt: GpuFormat | None = gpu_format([self.scheme(name) for name in names], self.dtype, columns, stem)
-        if fmt is None:
-            raise ExportError(
-                f"the recipe gives {names[0]} .. {names[-1]} types that one matmul on a GPU cannot have: make all of "
-                "them integers, all FP8 or all float"
-            )
+        fmt = require_gpu_format([self.scheme(name) for name in names], self.dtype, columns, stem, names)
         rows = sum(matrix.rows for matrix in groups[0])
         self.tensors[stem] = fmt.matrix(rows, columns, swiglu=swiglu, count=len(groups)).nbytes
 
@@ -379,22 +375,13 @@ class _Portable(_Builder):
         self.vector = _FLOAT_BYTES[self.compute]
 
     def kv(self) -> str:
-        if self.recipe.kv not in (AUTO, self.compute):
-            raise ExportError(
-                f'recipe {self.recipe.name} has kv = "{self.recipe.kv}", but portable operators support only '
-                f"{self.compute} caches here: export for the CPU with --ops native, or leave kv out of the recipe"
-            )
-        return self.compute
+        return portable_kv(self.recipe, self.compute)
 
     def embedding(self, table: Matrix) -> None:
         scheme = self.scheme(table.name)
-        if scheme is not None and scheme.has_zeros and self.provider.whole_zero_rows:
+        if scheme is not None and scheme.has_zeros:
             fmt = self._format((table,))
-            if fmt.blocks(table.columns) * fmt.bits % 8:
-                raise ExportError(
-                    f"{table.name} has {fmt.blocks(table.columns)} groups per row with zero points of {fmt.bits} bits, "
-                    f"which {self.provider.title} computes wrongly: give it a symmetric scheme in the recipe"
-                )
+            _refuse(table.name, self.provider.table_problem(fmt.blocks(table.columns), fmt.bits))
         self._matrices((table,), table.name.removesuffix(".weight"))
 
     def linear(self, matrices: Sequence[Matrix], out: str, part: str, *, swiglu: bool = False) -> None:
@@ -410,32 +397,22 @@ class _Portable(_Builder):
         self.bias(matrices, out)
 
     def moe(self, part: MoE, stem: str, layer: int) -> None:
-        del layer
         self.tensors[part.router.name] = 4 * part.router.rows * part.router.columns
         flat = [matrix for expert in part.experts for matrix in expert.matrices]
         one, count = part.experts[0], len(part.experts)
         shapes = (("gate_up", 2 * one.gate.rows, one.gate.columns), ("down", one.down.rows, one.down.columns))
         kept = [matrix.name for matrix in flat if self.scheme(matrix.name) is None]
         if kept and len(kept) < len(flat):
-            raise ExportError(
-                f"{kept[0]} stays float in this recipe, which quantises other experts of its layer: the experts of a "
-                "layer are one operator, so quantise all of them or none"
-            )
+            _refuse(kept[0], SOME_EXPERTS_FLOAT)
         if kept:
             for which, rows, columns in shapes:
                 self.tensors[f"{stem}.{which}"] = count * rows * columns * _FLOAT_BYTES[self.dtype]
             return
         fmt = self._format(flat)
         for name, columns in ((one.gate.name, one.gate.columns), (one.down.name, one.down.columns)):
-            problem = self.provider.expert_problem(fmt.block, columns)
-            if problem is not None:
-                raise ExportError(f"{name} {problem}")
-        int8 = self.int8(flat)
-        if self.provider.rounds_activations and not int8 and fmt.bits == 8:
-            raise ExportError(
-                f"{flat[0].name} has float activations in this recipe, but ONNX Runtime's MoE operator always rounds "
-                "the inputs of 8-bit experts to int8: export with --ops native, or leave activations out of the recipe"
-            )
+            _refuse(name, self.provider.expert_problem(fmt.block, columns))
+        kind = self.experts_activations(part, layer)
+        _refuse(flat[0].name, self.provider.expert_activations_problem(kind, fmt.bits))
         for which, rows, columns in shapes:
             self._quantized(f"{stem}.{which}", count * rows, columns, fmt)
 
@@ -446,11 +423,8 @@ class _Portable(_Builder):
         found = []
         for matrix in matrices:
             scheme = self.scheme(matrix.name)
-            if not isinstance(scheme, Scheme) or scheme.bits not in _PORTABLE_BITS:
-                raise ExportError(
-                    f"{matrix.name} is {'float' if scheme is None else scheme.name} in this recipe, but ONNX Runtime's "
-                    "own operators support only int4 and int8: choose another recipe, or native operators"
-                )
+            _refuse(matrix.name, self.provider.scheme_problem(scheme))
+            assert isinstance(scheme, Scheme), matrix.name
             block_of(scheme, matrix.columns, matrix.name)
             found.append((matrix.name, scheme, matrix.columns))
         return block_format(found, self.provider.largest_block())
@@ -467,3 +441,9 @@ class _Portable(_Builder):
         self.tensors[f"{stem}.scales"] = rows * fmt.blocks(columns) * _FLOAT_BYTES[self.compute]
         if fmt.zeros:
             self.tensors[f"{stem}.zeros"] = rows * fmt.zero_bytes(columns)
+
+
+def _refuse(name: str, problem: str | None) -> None:
+    """Raise an `ExportError` about the matrix `name` if there is a problem."""
+    if problem is not None:
+        raise ExportError(f"{name} {problem}")

@@ -21,22 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from edgelm.bundle import ModelInfo
+from edgelm.bundle.activations import GPU
+from edgelm.bundle.formats import GpuFormat, require_gpu_format
 from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
-from edgelm.errors import ExportError
-from edgelm.export.activations import GPU, static_scale
+from edgelm.export.activations import static_scale
 from edgelm.export.graph.base import stored_as
 from edgelm.export.graph.decoder import OperatorDecoder
 from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.contents import gpu
-from edgelm.export.packing.gpu import (
-    BlobWriter,
-    GpuFormat,
-    Rows,
-    gpu_format,
-    interleaved,
-    quantized_rows,
-    stacked,
-)
+from edgelm.export.packing.gpu import BlobWriter, Rows, interleaved, quantized_rows, stacked
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, SlotWriter, WeightsPlan
 from edgelm.models.spec import Attention, Decoder, Matrix, MoE, Norm
 from edgelm.progress import Advance
@@ -190,14 +183,7 @@ class GpuDecoder(OperatorDecoder):
             ExportError: The recipe gives them types that one matmul cannot have.
         """
         schemes = [self.source.scheme(name) for name in names]
-        found = gpu_format(schemes, self.dtype, self.source.shape(names[0])[1], stem)
-        if found is None:
-            said = ", ".join("float" if s is None else s.name for s in dict.fromkeys(schemes))
-            raise ExportError(
-                f"the recipe has {said} for {names[0]} .. {names[-1]}, which are one matmul on a GPU: make all of them "
-                "integers, all FP8 or all float"
-            )
-        return found
+        return require_gpu_format(schemes, self.dtype, self.source.shape(names[0])[1], stem, names)
 
     def _matrix(self, names: Sequence[str], stem: str, layer: int | None, *, swiglu: bool = False) -> GpuMatrix:
         """Add the weight `stem` of matrices stacked along the rows, unless it is there; return its description."""

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
+from edgelm.bundle.activations import CPU, INT8
 from edgelm.bundle.contents import Layout
 from edgelm.bundle.cpu_layout import HEADER_BYTES, RESCORE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
-from edgelm.errors import ExportError
-from edgelm.export.activations import CPU, INT8, rounded
+from edgelm.bundle.formats import require_gate_and_up, splits_head
+from edgelm.export.activations import rounded
 from edgelm.export.graph.base import stored_as
 from edgelm.export.graph.decoder import OperatorDecoder
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
@@ -185,15 +186,11 @@ class NativeDecoder(OperatorDecoder):
         return name
 
     def _splits_head(self) -> bool:
-        """Return whether an int8 head is stored as split nibbles, to compute most logits from the high nibbles only.
-
-        Only if some matrix of the layers has fewer than 8 bits: then the layers lose more than the head does. And only
-        with int8 activations, which the kernel needs.
-        """
+        """Return whether an int8 head is stored as split nibbles; the kernel for them needs int8 activations."""
         if CPU.of_matmul(self.source, [self.decoder.head.name]) != INT8:
             return False
         names = (name for name, matrix in self.decoder.matrices.items() if matrix.layer is not None)
-        return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
+        return splits_head(map(self.source.scheme, names))
 
     def _matmul(
         self,
@@ -249,8 +246,8 @@ class NativeDecoder(OperatorDecoder):
         fmt = self._format(names, stem, dtype)
         if fmt is None:
             return None
-        if split and fmt.kind is Kind.INT8 and not fmt.zeros:
-            fmt = Format(Kind.INT8_SPLIT, fmt.scales, False, fmt.group)
+        if split:
+            fmt = fmt.split
         shapes = [self.source.shape(name) for name in names]
         matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
         held = self.held(*names)
@@ -281,12 +278,8 @@ class NativeDecoder(OperatorDecoder):
         for expert in experts:
             gate, up, down = (matrix.name for matrix in expert.matrices)
             for names, swiglu in (((gate, up), True), ((down,), False)):
-                fmt = self._format(names, f"{stem}: {gate} and {up}" if swiglu else down)
-                if fmt is None:
-                    raise ExportError(
-                        f"the recipe stores {gate} and {up} in types that cannot be combined: gate and up are one "
-                        "matmul, so make both integers, both fp8 or both float"
-                    )
+                found = self._format(names, f"{stem}: {gate} and {up}" if swiglu else down)
+                fmt = require_gate_and_up(found, gate, up)
                 shapes = [self.source.shape(name) for name in names]
                 matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
                 place = aligned(place)

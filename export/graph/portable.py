@@ -10,7 +10,8 @@ Two facts behind the design, checked on the CPU with ONNX Runtime 1.31 (for CUDA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from edgelm.bundle.activations import CPU as CPU_ACTIVATIONS
+from edgelm.bundle.activations import FLOAT32, INT8
 from edgelm.bundle.contents import Layout
 from edgelm.bundle.ort_providers import CPU, Provider
 from edgelm.errors import ExportError
-from edgelm.export import activations
+from edgelm.export.activations import rounded
 from edgelm.export.graph.base import STORAGE, LayerOps, stored_as
 from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder, int64
 from edgelm.export.packing import ort
@@ -41,8 +44,7 @@ ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorP
 # about 1 % of noise per matmul, and the only mode whose kernels use the CPU's integer dot products. At 0 they stay
 # float32. Kernels for x86 round in blocks of the weights' group size, those for Arm (KleidiAI) whole rows. Parity
 # allows for whole rows, the coarser of the two.
-ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
-BITS = (4, 8)
+ACCURACY = {INT8: 4, FLOAT32: 0}
 # Format of refused matrices, so that building can go on until all reasons are known.
 _REFUSED = BlockFormat(bits=8, block=32, zeros=False)
 
@@ -97,6 +99,14 @@ class PortableOps(LayerOps):
         named = self._refused.setdefault(reason, [])
         if name not in named:
             named.append(name)
+
+    @contextlib.contextmanager
+    def refusing(self, name: str) -> Iterator[None]:
+        """Record an `ExportError` about `name`, with which its message begins."""
+        try:
+            yield
+        except ExportError as error:
+            self.refuse(name, str(error).removeprefix(f"{name} "))
 
     def check(self) -> None:
         """Raise if anything was refused.
@@ -183,20 +193,14 @@ class PortableOps(LayerOps):
         schemes = []
         for name in names:
             scheme, columns = self.source.scheme(name), self.source.shape(name)[1]
-            assert scheme is not None, name
-            if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
-                self.refuse(
-                    name,
-                    f"is {scheme.name} in this recipe, but ONNX Runtime's own operators support only int4 and int8: "
-                    f"{self.provider.instead}, or choose another recipe",
-                )
+            problem = self.provider.scheme_problem(scheme)
+            if problem is not None:
+                self.refuse(name, problem)
                 continue
-            try:
+            assert isinstance(scheme, Scheme), name
+            with self.refusing(name):
                 block_of(scheme, columns, name)
-            except ExportError as error:
-                self.refuse(name, str(error).removeprefix(f"{name} "))
-                continue
-            schemes.append((name, scheme, columns))
+                schemes.append((name, scheme, columns))
         return ort.common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
 
     def scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
@@ -232,9 +236,9 @@ class PortableOps(LayerOps):
         quantized = [self.source.scheme(name) is not None for name in names]
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
-            kind = activations.CPU.of_matmul(self.source, names)
+            kind = CPU_ACTIVATIONS.of_matmul(self.source, names)
             matrix = self.quantized_matrix(names, stem, layer)
-            self.rounded |= activations.rounded(self.source, names, kind, matrix.columns)
+            self.rounded |= rounded(self.source, names, kind, matrix.columns)
             return self._quantized_linear(x, matrix, kind, out)
         if len(names) == 1:
             return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
@@ -281,12 +285,9 @@ class PortableOps(LayerOps):
             rows = self.graph.node("Gather", [self.stored(slot), ids], f"{out}.stored", axis=0)
             return self.graph.node("Cast", [rows], out, to=self.element)
         table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
-        if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
-            self.refuse(
-                name,
-                f"has {table.fmt.blocks(table.columns)} groups per row with zero points of {table.fmt.bits} bits, "
-                f"which {self.provider.title} computes wrongly: give it a symmetric scheme in the recipe",
-            )
+        problem = self.provider.table_problem(table.fmt.blocks(table.columns), table.fmt.bits)
+        if table.zeros and problem is not None:
+            self.refuse(name, problem)
         inputs = [
             self.graph.weight(table.codes, f"{table.codes.name}.table"),
             ids,
@@ -335,4 +336,4 @@ class PortableOps(LayerOps):
 
     def accuracy(self, kind: str) -> int:
         """Return the attribute `accuracy_level` of matmuls with activations `kind`."""
-        return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
+        return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[FLOAT32]

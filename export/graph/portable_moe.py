@@ -16,8 +16,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgelm.bundle.activations import CPU, FLOAT32
+from edgelm.bundle.ort_providers import SOME_EXPERTS_FLOAT
 from edgelm.errors import ExportError
-from edgelm.export import activations
+from edgelm.export.activations import rounded
 from edgelm.export.graph.base import STORAGE, stored_as
 from edgelm.export.graph.onnx_builder import MICROSOFT, int64
 from edgelm.export.graph.portable import ACCURACY, PortableOps, QuantizedSlots
@@ -88,27 +90,20 @@ class PortableMoE:
             return self.ops.graph.node("MoE", inputs, out, MICROSOFT, **common)
         if any(scheme is None for scheme in schemes):
             kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
-            self.ops.refuse(
-                kept,
-                "stays float in this recipe, which quantises other experts of its layer: the experts of a layer "
-                "are one operator, so quantise all of them or none",
-            )
+            self.ops.refuse(kept, SOME_EXPERTS_FLOAT)
             return out
         first, second = self._quantized_experts(names, out, layer)
         try:
-            kind = activations.CPU.of_experts(self.ops.source, flat, layer)
+            kind = CPU.of_experts(self.ops.source, flat, layer)
         except ExportError as error:
             self.ops.refuse("the recipe", str(error).removeprefix("the recipe "))
             return out
-        if self.ops.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
-            self.ops.refuse(
-                flat[0],
-                "has float activations in this recipe, but ONNX Runtime's MoE operator always rounds the inputs of "
-                "8-bit experts to int8: export with --ops native, or leave activations out of the recipe",
-            )
+        problem = self.ops.provider.expert_activations_problem(kind, first.fmt.bits)
+        if problem is not None:
+            self.ops.refuse(flat[0], problem)
         for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
             some = [name for expert in names for name in expert[parts]]
-            self.ops.rounded |= activations.rounded(self.ops.source, some, kind, matrix.columns)
+            self.ops.rounded |= rounded(self.ops.source, some, kind, matrix.columns)
         weight = self.ops.graph.weight
         zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
         inputs = [x, self._router_probs(logits, out)]
@@ -128,7 +123,7 @@ class PortableMoE:
         QMoE's 8-bit kernel rounds to int8 in any case, and ONNX Runtime before 1.31 does not know the attribute, so it
         is left at its default there. For 4 bits it makes a layer of OLMoE 2.2 to 3.3 times as fast (docs/log.md).
         """
-        return ACCURACY[activations.FLOAT32] if bits == 8 else self.ops.accuracy(kind)
+        return ACCURACY[FLOAT32] if bits == 8 else self.ops.accuracy(kind)
 
     def _not_in_place(self, x: str, hidden: int, out: str) -> str:
         """Add a reshape of x [B, T, D] that hides its number of tokens from shape inference.

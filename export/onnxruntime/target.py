@@ -10,6 +10,7 @@ import onnx
 
 from edgelm.bundle import Requirement, capabilities
 from edgelm.bundle.capabilities import Capabilities
+from edgelm.bundle.formats import native_kv, portable_kv
 from edgelm.bundle.ort_providers import CPU, CUDA, Provider
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
@@ -28,7 +29,6 @@ from edgelm.export.options import AUTO
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, BuiltGraphs, ExportJob, GraphRequest, Target
 from edgelm.progress import Progress
-from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.onnxruntime.cuda import GREEDY_FILE
 from edgelm.runtimes.onnxruntime.native_library import library_path
@@ -60,7 +60,7 @@ class OnnxRuntimeTarget(Target):
         graph, weights = GraphBuilder(WEIGHTS_FILE), WeightsPlan()
         model = NativeDecoder(graph, weights, request.source, request.dtype, request.info, request.decoder)
         build(model, request.decoder)
-        kv = _native_kv_dtype(request.source.recipe)
+        kv = native_kv(request.source.recipe)
         return self._graphs(request, graph, weights, model, model.debug_outputs, kv, lambda *_: None)
 
     def _portable(self, request: GraphRequest) -> BuiltGraphs:
@@ -68,13 +68,9 @@ class OnnxRuntimeTarget(Target):
         ops = PortableOps(graph, weights, request.source, request.dtype, self.provider)
         model = PortableDecoder(ops, info, request.decoder)
         model.build()
-        kv, recipe = ops.compute, request.source.recipe
-        if recipe.kv not in (AUTO, kv):
-            ops.refuse(
-                f"recipe {recipe.name}",
-                f'has kv = "{recipe.kv}", but portable operators support only {kv} caches here: '
-                "export for the CPU with --ops native, or leave kv out of the recipe",
-            )
+        recipe = request.source.recipe
+        with ops.refusing(f"recipe {recipe.name}"):
+            portable_kv(recipe, ops.compute)
         ops.check()
 
         def finish(folder: Path, job: ExportJob) -> None:
@@ -84,7 +80,7 @@ class OnnxRuntimeTarget(Target):
                 json.dumps(config, indent=1) + "\n", encoding="utf-8", newline="\n"
             )
 
-        return self._graphs(request, graph, weights, ops, model.debug_outputs, kv, finish)
+        return self._graphs(request, graph, weights, ops, model.debug_outputs, ops.compute, finish)
 
     def _graphs(
         self,
@@ -163,12 +159,3 @@ class CudaTarget(OnnxRuntimeTarget):
         helpers = {GREEDY_FILE: greedy_graph(request.info.vocab_size)}
         probe = router_probe(graph, self.provider.compute_type(request.dtype), request.info.experts_per_token)
         return helpers if probe is None else {**helpers, PROBE_FILE: probe}
-
-
-def _native_kv_dtype(recipe: Recipe) -> str:
-    """Return the type of KV cache that a runtime allocates by default.
-
-    It is the recipe's, if given; otherwise float16, or float32 if the recipe quantises nothing.
-    """
-    exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
-    return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from edgelm.bundle import capabilities
 from edgelm.bundle.capabilities import Capabilities
+from edgelm.bundle.formats import gpu_float_type, gpu_kv
 from edgelm.errors import DeviceError, ExportError
 from edgelm.export import activations
 from edgelm.export.graph.decoder import build
-from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder
+from edgelm.export.graph.gpu import EXACT, GpuDecoder
 from edgelm.export.graph.program_builder import ProgramBuilder
-from edgelm.export.options import AUTO, ExportOptions
+from edgelm.export.options import ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE, BuiltGraphs, ExportJob, GraphRequest, Target
 from edgelm.export.tensorrt.engines import add_engines, check_engines
@@ -42,14 +43,7 @@ class TensorrtTarget(Target):
     def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
         """Return the type of activations and float matrices; "auto" is bfloat16 unless the checkpoint is float16."""
         del quantises
-        if asked == AUTO:
-            return checkpoint if checkpoint in ACTIVATIONS else "bfloat16"
-        if asked not in ACTIVATIONS:
-            raise ExportError(
-                f"the GPU kernels compute in bfloat16 or float16, not {asked}: export with --dtype bf16 or fp16, or "
-                "with --target cpu"
-            )
-        return asked
+        return gpu_float_type(asked, checkpoint)
 
     def capabilities(self, ops: str) -> Capabilities:
         """Return the features of the GPU kernels."""
@@ -74,14 +68,7 @@ class TensorrtTarget(Target):
     def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the program and plan its weights."""
         graph, weights = ProgramBuilder(), WeightsPlan()
-        asked = request.source.recipe.kv
-        # float16 is finer than bfloat16, and keys and values stay far below its limit of 65504.
-        kv = "float16" if asked == AUTO else asked
-        if kv == "float32":
-            raise ExportError(
-                f'recipe {request.source.recipe.name} has kv = "float32", which is not supported on GPUs: leave kv '
-                "out, or choose float16, int8 or fp8"
-            )
+        kv = gpu_kv(request.source.recipe)
         model = GpuDecoder(graph, weights, request.source, request.dtype, request.info, request.decoder, kv)
         build(model, request.decoder)
         program = graph.program(EXACT)

@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, MakeCheckpoint
 
 from edgelm.bundle import ModelInfo
 from edgelm.checkpoint import Checkpoint
-from edgelm.errors import ExportError
+from edgelm.errors import ExportError, RecipeError
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import BuiltGraphs, GraphRequest, float_dtype
 from edgelm.export.registry import TARGETS
@@ -43,7 +43,16 @@ default = "int4-g16-asym"
 role = ["embedding", "head"]
 scheme = "int8-g128-sym"
 """
-RECIPES = {**PRESETS, "mixed": Recipe.from_toml(MIXED), "split": Recipe.from_toml(SPLIT)}
+ONE_EXPERT = """
+name = "one expert"
+default = "int4-g32-sym"
+
+[[rule]]
+match = "*.experts.1.*"
+scheme = "int4-g32-sym"
+activations = "float"
+"""
+RECIPES = {**PRESETS, **{one.name: one for one in map(Recipe.from_toml, (MIXED, SPLIT, ONE_EXPERT))}}
 WAYS = (("cpu", "native"), ("cpu", "portable"), ("cuda", "auto"), ("tensorrt", "auto"))
 
 
@@ -73,10 +82,11 @@ def test_are_the_planned_tensors_those_that_are_exported(
     folder = checkpoint(family)
     try:
         exported = _exported(folder, RECIPES[recipe], target, ops)
-    except ExportError:
-        # Every recipe that an export refuses the preflight refuses too.
-        with pytest.raises(ExportError):
+    except (ExportError, RecipeError) as error:
+        # Every recipe that an export refuses the preflight refuses too, for one of the reasons that the export gives.
+        with pytest.raises(type(error)) as raised:
             _planned(folder, RECIPES[recipe], target, ops)
+        assert str(raised.value) in str(error)
         return
     planned = _planned(folder, RECIPES[recipe], target, ops)
     assert planned.tensors == {slot.name: slot.size for slot in exported.weights.slots.values()}
