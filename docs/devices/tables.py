@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -54,12 +55,14 @@ def board_table() -> str:
     return table(("`--for`", "", "GiB", "GB/s", "read", "int8 GOPS", "kernels"), rows)
 
 
-def source_table() -> str:
-    """Return where the figures of each board are from."""
+def source_list() -> str:
+    """Return where the figures of each board are from, as a list: sources are too long for the cells of a table."""
     said: dict[str, list[str]] = {}
     for name, one in boards().items():
         said.setdefault(one.source, []).append(f"`{name}`")
-    return table(("boards", "source"), [(", ".join(names), source) for source, names in said.items()])
+    wrapper = textwrap.TextWrapper(120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    items = (f"- {', '.join(names)}: {source}." for source, names in said.items())
+    return "".join(f"{wrapper.fill(item)}\n" for item in items)
 
 
 def memory_table(family: str) -> str:
@@ -101,7 +104,7 @@ def filled(text: str) -> str:
         if name == "boards":
             made = board_table()
         elif name == "board-sources":
-            made = source_table()
+            made = source_list()
         elif name.startswith("memory-"):
             made = memory_table(name.removeprefix("memory-"))
         else:

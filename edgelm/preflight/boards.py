@@ -17,7 +17,7 @@ _ERRORS = ErrorFactory(EdgeLMError, "install edgelm again")
 _GIB = 1 << 30
 
 PREFILL_SHARE = Range(0.35, 0.2, 0.5)
-"""Share of the cores' int8 peak that a whole model's prefill reaches with our kernels: 0.2 to 0.35 on a Xeon with
+"""Share of the cores' int8 peak that a whole model's prefill reaches with our kernels: 0.23 to 0.39 on a Xeon with
 AVX-512 VNNI (computed peak 1,434 GOPS), 0.5 to 0.57 on a Zen 5 (measured peak 2,012); see docs/devices/predict.md."""
 _READ_SPREAD = 0.2
 """Half width of a predicted range of decoding, as a share."""
