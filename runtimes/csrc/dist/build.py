@@ -168,7 +168,7 @@ def main() -> None:
         here = this_platform()
         if here in platforms and here is not None and not options.no_smoke:
             place = 2 + 2 * platforms.index(here)
-            for line in smoke(ROOT, files[place], files[place + 1], here, ROOT / "build" / "dist" / "smoke"):
+            for line in smoke(ROOT, files[0], files[place], files[place + 1], ROOT / "build" / "dist" / "smoke"):
                 print(f"{here.name}: {line}")
         if options.reproducible:
             if changed := differences(ROOT, platforms, files, ROOT / "build" / "dist" / "again"):

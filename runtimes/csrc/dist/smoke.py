@@ -9,8 +9,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-from edgelm.system.platforms import Platform
-
 CHECKPOINT = "examples/checkpoints/olmoe-tiny"
 
 
@@ -28,14 +26,14 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
     return ran.stdout
 
 
-def smoke(root: Path, wheel: Path, archive: Path, platform: Platform, work: Path) -> list[str]:
-    """Run the wheel's and the archive's programs here.
+def smoke(root: Path, pure: Path, wheel: Path, archive: Path, work: Path) -> list[str]:
+    """Run the wheels' and the archive's programs here.
 
     Args:
         root: the checkout.
+        pure: the wheel without compiled libraries.
         wheel: a wheel for this machine.
         archive: a C archive for this machine.
-        platform: this machine.
         work: folder for the environment, the bundle and the examples; made again.
 
     Returns:
@@ -48,7 +46,7 @@ def smoke(root: Path, wheel: Path, archive: Path, platform: Platform, work: Path
     work.mkdir(parents=True)
     bundle = work / "bundle"
     run(sys.executable, "-m", "edgelm", "export", root / CHECKPOINT, "-o", bundle)
-    return [*_wheel(root, wheel, bundle, work), *_archive(root, archive, bundle, platform, work)]
+    return [*_wheel(root, wheel, bundle, work), *_archive(root, archive, bundle, work), *_pure(pure, work)]
 
 
 def _wheel(root: Path, wheel: Path, bundle: Path, work: Path) -> list[str]:
@@ -64,7 +62,16 @@ def _wheel(root: Path, wheel: Path, bundle: Path, work: Path) -> list[str]:
     return [f"edgelm doctor: {len(text.splitlines())} lines", f"edgelm parity: {parity.splitlines()[0]}"]
 
 
-def _archive(root: Path, archive: Path, bundle: Path, platform: Platform, work: Path) -> list[str]:
+def _pure(pure: Path, work: Path) -> list[str]:
+    """In place of the wheel that `_wheel` installed."""
+    python = work / "venv" / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--force-reinstall"]
+    run(*command, pure)
+    text = run(work / "venv" / "bin" / "edgelm", "doctor", cwd=work)
+    return [f"edgelm doctor of the pure wheel: {len(text.splitlines())} lines"]
+
+
+def _archive(root: Path, archive: Path, bundle: Path, work: Path) -> list[str]:
     with tarfile.open(archive) as tar:
         tar.extractall(work, filter="data")
     prefix = work / archive.name.removesuffix(".tar.gz")
@@ -77,4 +84,12 @@ def _archive(root: Path, archive: Path, bundle: Path, platform: Platform, work: 
     finder = {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
     flags = run("pkg-config", "--cflags", "--libs", "edgelm", env=finder).split()
     run("cc", root / "examples" / "c" / "tour.c", "-o", work / "tour-pkg-config", *flags)
-    return [f"edgelm-parity: {parity.splitlines()[0]}", "examples/c: built with find_package, and with pkg-config"]
+    environment = {"EDGELM_ONNXRUNTIME": str(runtime), "LD_LIBRARY_PATH": str(prefix / "lib")}
+    words = [run(program, bundle, "def read(path):\n", env=environment) for program in
+             (build / "tour", work / "tour-pkg-config")]  # fmt: skip
+    if words[0] != words[1]:
+        raise RuntimeError(f"the two builds of the tour print different text:\n{words[0]}\n{words[1]}")
+    return [
+        f"edgelm-parity: {parity.splitlines()[0]}",
+        "the tour in C: built with find_package and pkg-config, and run",
+    ]
