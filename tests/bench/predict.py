@@ -3,7 +3,8 @@
     python tests/bench/predict.py BUNDLE... [--prompt-tokens 512 2048] [--new-tokens 128] [--rounds 3]
 
 A round is a prediction, from config.json and recipe alone, and then a run of the bundle as `edgelm bench` runs it; one
-more run before warms up. Prints a table of the medians with the errors in per cent, and one JSON line last.
+more run before warms up. Prints a table of the medians, with the median of the rounds' errors in per cent, and one JSON
+line last.
 
 The routers of random weights prefer some experts, and those of trained ones nearly none: how many of a MoE's experts
 the prompt has reached is read from the resident pages of the weights file, and the prediction is told (Linux only).
@@ -82,7 +83,7 @@ def compared(path: Path, length: int, new: int, rounds: int, kv: str | None) -> 
         found[phase] = {
             "predicted": medians[0],
             "measured": medians[1],
-            "error": 100 * (medians[0] / medians[1] - 1),
+            "error": 100 * (statistics.median(one / other for one, other in zip(said, shown, strict=True)) - 1),
             "predictions": said,
             "runs": shown,
         }
