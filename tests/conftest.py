@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
+
+# PyTorch's idle threads spin by default. With tiny matrices, and other tests on the same cores, they take most of the
+# CPU time. Child processes inherit this. It has to be set before PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The shell starts background jobs with SIGINT ignored, and their child processes inherit that, unless it is handled.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
