@@ -26,11 +26,15 @@ A page runs in an empty folder, in its order, where `examples` is the one of thi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +45,7 @@ LIMIT = 300
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>```+|~~~+) *(?P<language>[\w-]*)[^`]*$")
 _COMMENT = re.compile(r"^\s*<!--\s*(not run|exit|file|setup|with|continue)(?::\s*(.*?))?\s*-->\s*$")
+_EXPORT = re.compile(r"edgelm export examples/\S+ -o ([\w-]+)")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 
@@ -178,8 +183,13 @@ def _replace(text: str, words: dict[str, str]) -> str:
     return text
 
 
-def run_page(page: Path, folder: Path) -> int:
+def run_page(page: Path, folder: Path, exports: Path | None = None) -> int:
     """Run the page's examples in the folder; returns how many.
+
+    Args:
+        page: its file.
+        folder: an empty folder.
+        exports: folder that keeps what `setup: edgelm export` writes, for the pages that start with the same export.
 
     Raises:
         ExampleError: an example fails or prints something else; says where, what it printed and what was expected.
@@ -195,7 +205,10 @@ def run_page(page: Path, folder: Path) -> int:
     ran, program = 0, ""
     for block in blocks(page):
         for command in block.setup:
-            _run(["bash", "-c", _replace(command, block.words)], folder, environment, page, block, command, 0)
+            call = _replace(command, block.words)
+            with _kept_export(call, folder, exports) as done:
+                if not done:
+                    _run(["bash", "-c", call], folder, environment, page, block, command, 0)
         if block.file is not None:
             (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.text + "\n", encoding="utf-8")
@@ -220,6 +233,22 @@ def run_page(page: Path, folder: Path) -> int:
                 )
             ran += 1
     return ran
+
+
+@contextlib.contextmanager
+def _kept_export(call: str, folder: Path, exports: Path | None) -> Iterator[bool]:
+    """Yield whether the bundle that the command makes was copied from `exports`; otherwise copy it there afterwards."""
+    export = _EXPORT.fullmatch(call)
+    if export is None or exports is None:
+        yield False
+        return
+    bundle, kept = folder / export[1], exports / urllib.parse.quote(call, safe="")
+    if kept.exists():
+        shutil.copytree(kept, bundle)
+        yield True
+        return
+    yield False
+    shutil.copytree(bundle, kept)
 
 
 def _run(

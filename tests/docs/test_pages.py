@@ -18,9 +18,15 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 WIDE = 120
 
 
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pages export before their examples: each command runs once."""
+    return tmp_path_factory.mktemp("exports")
+
+
 @pytest.mark.parametrize("page", WITH_EXAMPLES)
-def test_examples_run_and_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    assert run_page(page, tmp_path)
+def test_examples_run_and_print_what_the_page_says(page: Path, tmp_path: Path, exports: Path) -> None:
+    assert run_page(page, tmp_path, exports)
 
 
 @pytest.mark.parametrize("page", PAGES)
