@@ -65,8 +65,7 @@ def _wheel(root: Path, wheel: Path, bundle: Path, work: Path) -> list[str]:
 def _pure(pure: Path, work: Path) -> list[str]:
     """In place of the wheel that `_wheel` installed."""
     python = work / "venv" / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--force-reinstall"]
-    run(*command, pure)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--force-reinstall", pure)
     text = run(work / "venv" / "bin" / "edgelm", "doctor", cwd=work)
     return [f"edgelm doctor of the pure wheel: {len(text.splitlines())} lines"]
 
