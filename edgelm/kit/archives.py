@@ -24,6 +24,7 @@ from edgelm.progress import Progress, Silent
 
 SUFFIXES = (".tar.zst", ".tar.gz", ".tar", ".zip")
 """Suffixes of kits in one file, the longest first. A kit without a suffix is a folder."""
+_OTHER_SUFFIXES = (".tgz", ".tzst", ".txz", ".tbz2", ".zst", ".gz", ".xz", ".bz2", ".7z", ".rar")
 MADE_THERE = ("env/", "report.json", "report.html", "edgelm", "edgelm.cmd")
 """What check.sh makes in a kit's folder. A name with a slash stands for all in that folder."""
 _MEMORY = 1 << 20
@@ -41,7 +42,7 @@ def suffix_of(target: Path) -> str:
     known = next((suffix for suffix in SUFFIXES if name.endswith(suffix) and name != suffix), None)
     if known is not None:
         return known
-    other = next((end for end in (".tgz", ".tzst", ".zst", ".gz", ".xz", ".bz2", ".7z") if name.endswith(end)), None)
+    other = next((end for end in _OTHER_SUFFIXES if name.endswith(end)), None)
     if other is not None:
         raise EdgeLMError(f"{target}: a kit is no {other} file; it ends with {', '.join(SUFFIXES)}, or is a folder")
     return ""

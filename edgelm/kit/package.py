@@ -84,7 +84,7 @@ def package(
     prepare_output(target, kind, sources=sources, overwrite=overwrite)
     if archives.suffix_of(target) == ".tar.zst":
         archives.zstd_name()
-    folders = dist_folders(dist)
+    folders, created = dist_folders(dist), _time(bundle)
     if c:
         parts = c_parts.collect(bundle, place, folders, wheels, progress)
     else:
@@ -103,7 +103,7 @@ def package(
         ]
     )
     archives.write_kit(
-        target, check_name(f"{_safe(bundle.path.resolve().name)}-{place.name}"), entries, time=_time(bundle),
+        target, check_name(f"{_safe(bundle.path.resolve().name)}-{place.name}"), entries, time=created,
         sources=sources, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     unpacked = sum(entry.size for entry in entries)

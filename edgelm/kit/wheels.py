@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -111,22 +112,31 @@ class Wheel:
         Raises:
             EdgeLMError: the file is damaged.
         """
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                damaged = archive.testzip()
-                names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
-                if damaged is not None or len(names) != 1:
-                    raise zipfile.BadZipFile(damaged or "no METADATA")
-                parsed = HeaderParser().parsestr(archive.read(names[0]).decode("utf-8"))
-        # zipfile's NotImplementedError: a damaged header asks for a compression that it does not know.
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise EdgeLMError(f"{self.path} is damaged ({error}): remove it and run the command again") from error
+        with self._archive() as archive:
+            damaged = archive.testzip()
+            names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
+            if damaged is not None or len(names) != 1:
+                raise zipfile.BadZipFile(damaged or "no METADATA")
+            parsed = HeaderParser().parsestr(archive.read(names[0]).decode("utf-8"))
         return parsed.get_all("Requires-Dist", []), parsed.get("Requires-Python", "")
 
     def holds(self, beginning: str) -> bool:
-        """Return whether a file in it has a name that begins so."""
-        with zipfile.ZipFile(self.path) as archive:
+        """Return whether a file in it has a name that begins so.
+
+        Raises:
+            EdgeLMError: the file is damaged.
+        """
+        with self._archive() as archive:
             return any(name.startswith(beginning) for name in archive.namelist())
+
+    @contextlib.contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        # zipfile's NotImplementedError: a damaged header asks for a compression that it does not know.
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise EdgeLMError(f"{self.path} is damaged ({error}): remove it, and make or download it again") from error
 
 
 def normalized(name: str) -> str:
@@ -156,7 +166,10 @@ class WheelSource:
 
     def __init__(self, folder: Path | None = None, progress: Progress | None = None) -> None:
         if folder is not None and not folder.is_dir():
-            raise EdgeLMError(f"there is no folder {folder} of wheels")
+            raise EdgeLMError(
+                f"there is no folder {folder}: --wheels names the folder with all wheels but EdgeLM's; without it pip "
+                "downloads them"
+            )
         self.folder = folder
         self.progress = progress or Silent()
 
@@ -261,8 +274,8 @@ class WheelSource:
                 lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")] or [result.stderr]
                 raise EdgeLMError(
                     f"pip cannot download {', '.join(requirements)} for {target.platform.name} and Python "
-                    f"{target.python} ({lines[-1].removeprefix('ERROR: ').strip()}): choose other versions of Python "
-                    "with --python, or give a folder of wheels with --wheels"
+                    f"{target.python} ({lines[-1].removeprefix('ERROR: ').strip()}): check the network, choose other "
+                    "versions of Python with --python, or give a folder of wheels with --wheels"
                 )
             made = sorted(Path(folder).glob("*.whl"))
             return [wheel for path in made if (wheel := Wheel.at(Path(shutil.move(path, cache / path.name))))]

@@ -120,7 +120,7 @@ def test_only_a_kit_is_overwritten(suffix: str, tmp_path: Path) -> None:
 
 
 def test_other_suffixes_and_names_are_refused() -> None:
-    for name in ("kit.tgz", "kit.tar.xz", "kit.7z"):
+    for name in ("kit.tgz", "kit.tar.xz", "kit.7z", "kit.rar"):
         with pytest.raises(EdgeLMError, match=r"it ends with \.tar\.zst, \.tar\.gz, \.tar, \.zip, or is a folder"):
             archives.suffix_of(Path(name))
     assert [archives.suffix_of(Path(name)) for name in ("a.b", "A.TAR.GZ", "a.tar")] == ["", ".tar.gz", ".tar"]
@@ -205,8 +205,33 @@ def test_a_damaged_wheel_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     found = Wheel.at(path)
     assert found is not None
-    with pytest.raises(EdgeLMError, match=r"edgelm-.*\.whl is damaged .*: remove it"):
-        found.metadata()
+    for read in (found.metadata, lambda: found.holds("edgelm/")):
+        with pytest.raises(EdgeLMError, match=r"edgelm-.*\.whl is damaged .*: remove it"):
+            read()
+
+
+def test_a_kit_names_what_is_wrong_before_it_takes_packages(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = (bundle, "-o", tmp_path / "kit.tar", "--dist", tmp_path)
+    missing = run(*place, status=2)
+    assert "Missing option '--for'. Choose from linux-x86_64, linux-aarch64, macos-arm64, windows-x86_64." in missing
+    made(tmp_path, f"edgelm-{__version__}")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    assert "SOURCE_DATE_EPOCH is 'today'" in run(*place, "--for", "linux-x86_64", status=1)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    with pytest.raises(EdgeLMError, match=r"there is no folder .*none: --wheels names the folder"):
+        WheelSource(tmp_path / "none")
+
+
+def test_pip_without_a_network_says_to_check_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packaging.requirements import Requirement
+
+    for name, value in {"PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(EdgeLMError, match=r"pip cannot download nowhere.*check the network"):
+        WheelSource().get([Requirement("nowhere")], Target(PLATFORMS["linux-x86_64"], 11))
 
 
 def test_each_target_has_its_platforms(bundle: Path) -> None:

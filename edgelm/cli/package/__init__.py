@@ -28,6 +28,14 @@ class Pythons(click.ParamType[tuple[str, ...]]):
         return found
 
 
+class _PlatformName(click.Choice[str]):
+    """A platform. Where it is missing, the error is one line; click writes a line for each choice."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        """Return what to give."""
+        return f"Choose from {', '.join(self.choices)}."
+
+
 @verb(example="edgelm package olmoe -o olmoe-kit.tar.zst --for linux-aarch64")
 @click.argument("bundle", type=BUNDLE)
 @output_option(
@@ -37,7 +45,7 @@ class Pythons(click.ParamType[tuple[str, ...]]):
     "--for",
     "platform",
     metavar="PLATFORM",
-    type=click.Choice(list(PLATFORMS)),
+    type=_PlatformName(list(PLATFORMS)),
     required=True,
     help="linux-aarch64 (Raspberry Pi, Jetson), linux-x86_64, macos-arm64 or windows-x86_64.",
 )
