@@ -16,6 +16,7 @@ from edgelm.cli.common.options import (
     PHYSICAL_CORES,
     RuntimeName,
     Threads,
+    Whole,
     json_option,
     report_option,
     weight_memory_option,
@@ -40,7 +41,8 @@ class Several(click.ParamType[Any]):
             return value
         parts = [part.strip() for part in str(value).split(",")]
         if "" in parts:
-            self.fail(f"{value!r} is no list: write for example 1,2", param, ctx)
+            example = ",".join(self.inner.choices[:2]) if isinstance(self.inner, click.Choice) else "1,2"
+            self.fail(f"{value!r} is no list: write for example {example}", param, ctx)
         return tuple(dict.fromkeys(self.inner.convert(part, param, ctx) for part in parts))
 
 
@@ -48,16 +50,16 @@ class Several(click.ParamType[Any]):
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=BUNDLE)
 @option(
     "--prompt-tokens",
-    type=Several(click.IntRange(min=1)),
+    type=Several(Whole(min=1)),
     metavar="N[,N...]",
     default_text="512, or what fits",
     help="Length of the prompt, which is random tokens.",
 )
-@option("--new-tokens", type=click.IntRange(min=1), default_text="128, or what fits", help="Tokens to generate.")
-@option("--repeat", type=click.IntRange(min=1), default=5, help="Measured runs, after one that is not counted.")
+@option("--new-tokens", type=Whole(min=1), default_text="128, or what fits", help="Tokens to generate.")
+@option("--repeat", type=Whole(min=1), default=5, help="Measured runs, after one that is not counted.")
 @option(
     "--batch",
-    type=Several(click.IntRange(min=1)),
+    type=Several(Whole(min=1)),
     metavar="N[,N...]",
     default="1",
     help="Sequences that decode together.",
@@ -181,7 +183,8 @@ def tables(matrix: Matrix) -> str:
             format_size(result.resident_after_run), *([energy] if joules else []),
         ])  # fmt: skip
     fixed = ", ".join(part for part in (results[0].device.cpu, shared(results)) if part)
-    runs = f"medians of {len(results[0].decode_tokens_per_second.runs)} runs"
+    repeat = len(results[0].decode_tokens_per_second.runs)
+    runs = f"medians of {repeat} runs" if repeat > 1 else "1 run"
     lines = [answer(matrix), "", f"{fixed}; {runs}", "", grid(header + (["J/token"] if joules else []), rows), ""]
     lines += [f"note: {note}" for note in dict.fromkeys((*matrix.notes, *(n for one in results for n in one.notes)))]
     lines += matrix.skipped_lines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgelm.cli.common.help import option, verb
-from edgelm.cli.common.options import PATH, need_export_extra
+from edgelm.cli.common.options import PATH, Whole, need_export_extra
 from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Outcome:
     default_text="examples/checkpoints of a checkout",
     help="Folder with the tiny checkpoints.",
 )
-@option("-n", "--max-tokens", type=click.IntRange(min=1), default=48, help="Tokens to generate.")
+@option("-n", "--max-tokens", type=Whole(min=1), default=48, help="Tokens to generate.")
 def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
     """Export the tiny trained models as int4 and int8, run and check them.
 

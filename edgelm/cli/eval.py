@@ -9,7 +9,7 @@ import click
 
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.cli.common.help import Group, option, verb
-from edgelm.cli.common.options import as_usage, json_option, report_option, runtime_option, threads_option
+from edgelm.cli.common.options import Whole, as_usage, json_option, report_option, runtime_option, threads_option
 
 if TYPE_CHECKING:
     from edgelm.evaluation import EvaluationReport
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     help="Evaluation text: a file, a folder, or `builtin` (files of Python's standard library that calibration does "
     "not see).",
 )
-@option("--tokens", group=Group.TEXT, type=click.IntRange(min=2), default=16384, help="Tokens to evaluate.")
-@option("--length", group=Group.TEXT, type=click.IntRange(min=2), default=256, help="Tokens of one window.")
+@option("--tokens", group=Group.TEXT, type=Whole(min=2), default=16384, help="Tokens to evaluate.")
+@option("--length", group=Group.TEXT, type=Whole(min=2), default=256, help="Tokens of one window.")
 @runtime_option
 @threads_option("CPU threads, for bundles.")
 @option(

@@ -13,6 +13,7 @@ from edgelm.cli.common.options import (
     PATH,
     RecipeName,
     Size,
+    Whole,
     as_usage,
     calibration_options,
     chosen_sms,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 @option(
     "--greedy-tokens",
     group=Group.PARITY,
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     default_text="16, or 8 for a big model",
     help="Tokens that the reference generates for each prompt.",
 )

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from edgelm.cli.common.help import Group, option, verb
-from edgelm.cli.common.options import as_usage, given, json_option, need_export_extra, output_option, overwrite_option
+from edgelm.cli.common.options import (
+    Whole,
+    as_usage,
+    given,
+    json_option,
+    need_export_extra,
+    output_option,
+    overwrite_option,
+)
 from edgelm.cli.common.recipes import in_json, in_words, mixed_precision_options
 
 DEFAULT_FILE = "mixed-precision.toml"
@@ -31,7 +39,7 @@ DEFAULT_FILE = "mixed-precision.toml"
     default="builtin",
     help="Text to measure with: a file, a folder, or `builtin` (Python's standard library).",
 )
-@option("--tokens", type=click.IntRange(min=2), default_text="8192", help="Tokens of that text to measure with.")
+@option("--tokens", type=Whole(min=2), default_text="8192", help="Tokens of that text to measure with.")
 @overwrite_option("an existing recipe")
 @json_option
 def recipe(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgelm.cli.common.help import option, verb
-from edgelm.cli.common.options import json_option, need_export_extra, output_option, overwrite_option
+from edgelm.cli.common.options import Whole, json_option, need_export_extra, output_option, overwrite_option
 
 # Listed here too, so that `edgelm synth --help` needs no torch.
 NAMES = ("olmoe-1b-7b", "fox-1-1.6b", "llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5b", "olmo-2-1b", "mistral-7b")
@@ -16,7 +16,7 @@ NAMES = ("olmoe-1b-7b", "fox-1-1.6b", "llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5
 @verb(example="edgelm synth olmoe-1b-7b -o random-olmoe")
 @click.argument("name", type=click.Choice(NAMES), metavar="NAME")
 @output_option("Checkpoint folder to write.", required=True)
-@option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the random weights: same seed, same bytes.")
+@option("--seed", type=Whole(min=0), default=0, help="Seed of the random weights: same seed, same bytes.")
 @overwrite_option("a checkpoint that EdgeLM wrote,")
 @json_option
 def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> None:

@@ -91,7 +91,13 @@ class Number(click.FloatRange):
         return found
 
 
-class Threads(click.IntRange):
+class Whole(click.IntRange):
+    """A whole number in a range; click calls "x" no valid "integer range"."""
+
+    name = "whole number"
+
+
+class Threads(Whole):
     """A number of threads, at most the CPUs that this process may use."""
 
     def __init__(self) -> None:
@@ -241,7 +247,7 @@ loading_options = together(
     option(
         "--context-length",
         group=Group.RUNTIME,
-        type=click.IntRange(min=1),
+        type=Whole(min=1),
         default_text="the model's, at most 4096",
         help="Tokens to allocate the KV cache for: prompt and answer together.",
     ),
@@ -257,14 +263,14 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
     return together(
         "sampling",
         option(
-            "-n", "--max-tokens", type=click.IntRange(min=1), default=256, help="Tokens to generate at most."
+            "-n", "--max-tokens", type=Whole(min=1), default=256, help="Tokens to generate at most."
         ),
         option(
             "-t", "--temperature", group=Group.SAMPLING, type=Number(min=0), default=temperature,
             help="Randomness of the choice; 0 always takes the most probable token.",
         ),
         option(
-            "--top-k", group=Group.SAMPLING, metavar="K", type=click.IntRange(min=0), default_text="0, all tokens",
+            "--top-k", group=Group.SAMPLING, metavar="K", type=Whole(min=0), default_text="0, all tokens",
             help="Sample from the K most probable tokens.",
         ),
         option(
@@ -282,7 +288,7 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
             help="Above 1, make tokens less probable that the text already has.",
         ),
         option(
-            "--seed", group=Group.SAMPLING, type=click.IntRange(0, 2**64 - 1), default_text="random",
+            "--seed", group=Group.SAMPLING, type=Whole(0, 2**64 - 1), default_text="random",
             help="Seed of the random numbers: the same seed gives the same text.",
         ),
         option(
@@ -354,11 +360,11 @@ calibration_options = together(
         "when the same command is given again.",
     ),
     option(
-        "--samples", group=Group.CALIBRATION, type=click.IntRange(min=1), default_text="128",
+        "--samples", group=Group.CALIBRATION, type=Whole(min=1), default_text="128",
         help="Number of samples taken from the text.",
     ),
     option(
-        "--sample-length", group=Group.CALIBRATION, type=click.IntRange(min=2), default_text="512",
+        "--sample-length", group=Group.CALIBRATION, type=Whole(min=2), default_text="512",
         help="Tokens in a sample.",
     ),
     option(
@@ -370,7 +376,7 @@ calibration_options = together(
         "or fp8, `weights` where activations are float.",
     ),
     option(
-        "--min-expert-tokens", group=Group.CALIBRATION, type=click.IntRange(min=0),
+        "--min-expert-tokens", group=Group.CALIBRATION, type=Whole(min=0),
         default_text="the columns of its widest matrix",
         help="Tokens that an expert must see to be calibrated; with fewer it is rounded to nearest.",
     ),
@@ -402,11 +408,11 @@ def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | N
 def _building(group: Group) -> tuple[Callable[[Command], Command], ...]:
     return (
         option(
-            "--max-batch", group=group, default=32, type=click.IntRange(min=1),
+            "--max-batch", group=group, default=32, type=Whole(min=1),
             help="Sequences that can decode together, at most.",
         ),
         option(
-            "--chunk", group=group, default=512, type=click.IntRange(min=1),
+            "--chunk", group=group, default=512, type=Whole(min=1),
             help="Tokens of a prefill step, at most.",
         ),
         option(
