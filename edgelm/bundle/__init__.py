@@ -276,7 +276,10 @@ class Manifest:
         """
         data = parse(text, where, _ERRORS)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise BundleError(f'{where} is not the manifest of an EdgeLM bundle (no "format": "{FORMAT}")')
+            raise BundleError(
+                f'{where} is not the manifest of an EdgeLM bundle (no "format": "{FORMAT}"): give the folder that '
+                "`edgelm export -o` wrote"
+            )
         manifest = from_data(
             cls, require_format(data, "format_version", FORMAT_VERSION, where, _ERRORS), where, _ERRORS
         )
@@ -401,8 +404,9 @@ class Bundle:
             raise BundleError(f"{path} {what}: give the folder that `edgelm export -o` wrote")
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
-            hint = " (this looks like a checkpoint: export it first)" if (path / "config.json").is_file() else ""
-            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}")
+            hint = "give the folder that `edgelm export -o` wrote"
+            hint = "this looks like a checkpoint: export it first" if (path / "config.json").is_file() else hint
+            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST} ({hint})")
         manifest = Manifest.from_json(read_bytes(manifest_path, _ERRORS), manifest_path)
         for name, info in manifest.files.items():
             file = path / name

@@ -8,7 +8,7 @@ import click
 
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.cli.common.help import Group, option, verb
-from edgelm.cli.common.options import RecipeName, json_option, threads_option, verbose_option
+from edgelm.cli.common.options import RecipeName, Whole, json_option, threads_option, verbose_option
 
 _OF_MODELS = (
     "board", "recipe", "target", "ops", "context_length", "kv", "prompt_tokens", "new_tokens", "threads",
@@ -44,13 +44,13 @@ _OF_MODELS = (
 )
 @option(
     "--context-length",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default_text="4,096, or the model's",
     help="Tokens that the cache must have room for.",
 )
 @option("--kv", group=Group.RUNTIME, type=click.Choice(KV_TYPES), default_text="as exported", help="Type of the cache.")
-@option("--prompt-tokens", type=click.IntRange(min=1), default=512, help="Length of the prompt to predict for.")
-@option("--new-tokens", type=click.IntRange(min=1), default=128, help="Tokens generated after it.")
+@option("--prompt-tokens", type=Whole(min=1), default=512, help="Length of the prompt to predict for.")
+@option("--new-tokens", type=Whole(min=1), default=128, help="Tokens generated after it.")
 @threads_option()
 @verbose_option("Without a model: also versions of packages and the GPU parts. With one: the time of each part.")
 @json_option
@@ -67,14 +67,14 @@ def doctor(model: str | None, verbose: bool, as_json: bool, **settings: Any) -> 
     from edgelm.cli.common.options import was_given
     from edgelm.cli.common.output import echo
 
+    if settings["board"] == "list":
+        from edgelm.cli.preflight.model import board_list
+
+        click.echo(board_list(as_json=as_json))
+        return
     if model is None:
         from edgelm.cli.preflight.machine import examine, text
 
-        if settings["board"] == "list":
-            from edgelm.cli.preflight.model import board_list
-
-            click.echo(board_list(as_json=as_json))
-            return
         given = was_given(*_OF_MODELS)
         if given:
             raise click.UsageError(f"{given[0]} needs a model: give a checkpoint folder, a hub id or a bundle")

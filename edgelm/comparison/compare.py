@@ -311,7 +311,7 @@ def compare(paths: Sequence[Path], names: Sequence[str] = (), base: str | None =
         known = next((path for path in paths if path.exists() and Path(base).exists() and path.samefile(base)), None)
         if known is not None:
             base = str(known)
-        elif Path(base).exists():
+        elif base and Path(base).exists():
             paths, names = [Path(base), *paths], [Path(base).stem, *names] if names else names
         else:
             raise ReportError(f"there is no report {base!r} to compare with: give the file or the name of a report")

@@ -154,6 +154,26 @@ def test_wrong_lists_are_wrong_usage(bundles: list[Path], option: str, value: st
     assert found.exit_code == 2, found.output
 
 
+def test_an_error_about_a_list_says_what_to_write(bundles: list[Path]) -> None:
+    assert "'int8,' is no list: write for example float32,float16" in run(bundles[0], "--kv", "int8,").stderr
+    assert "'1,' is no list: write for example 1,2" in run(bundles[0], "--batch", "1,").stderr
+    assert "'x' is not a valid whole number" in run(bundles[0], "--prompt-tokens", "8,x").stderr
+
+
+def test_what_is_no_bundle_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    assert "it has no manifest.json (give the folder that `edgelm export -o` wrote)" in run(tmp_path).stderr
+    (tmp_path / "manifest.json").write_text("{}")
+    found = run(tmp_path).stderr
+    assert found.endswith(
+        'of an EdgeLM bundle (no "format": "edgelm-bundle"): give the folder that `edgelm export -o` wrote\n'
+    )
+
+
+def test_one_run_is_not_called_a_median(bundles: list[Path]) -> None:
+    found = CliRunner().invoke(cli, ["bench", *map(str, bundles), "--new-tokens", "2", "--repeat", "1"])
+    assert "; 1 run\n" in found.stdout
+
+
 def test_the_page_has_curves_bars_and_what_was_left_out(bundles: list[Path], tmp_path: Path) -> None:
     found = run(*bundles, "--prompt-tokens", "8,16,100", "--threads", "1", "--report", tmp_path / "bench.html")
     assert found.exit_code == 0, found.output
