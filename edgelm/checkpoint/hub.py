@@ -56,8 +56,13 @@ def _transport_errors() -> tuple[type[BaseException], ...]:
     )
 
 
+_UNREACHABLE = "no such folder here, and the hub cannot be reached ({reason}): check the connection, or give a folder"
+_INTERRUPTED = "the download failed ({reason}); run the same command again: files that are complete are kept"
+
+
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, broken: str) -> Iterator[None]:
+    """Explain the errors of the hub; `broken` is the message of a broken connection, with a place for the reason."""
     from huggingface_hub import errors
 
     failures: tuple[type[BaseException], ...] = (OSError, *_transport_errors())
@@ -82,9 +87,7 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
     except failures as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(
-            f"{name}: the download failed ({reason}); run the same command again: files that are complete are kept"
-        ) from error
+        raise CheckpointError(f"{name}: {broken.format(reason=reason)}") from error
 
 
 def snapshot_id(folder: Path) -> str | None:
@@ -151,7 +154,7 @@ def describe(repo_id: str, revision: str | None = None) -> Listing:
         raise CheckpointError(
             f"{name}: no such folder here; asking the hub about it needs huggingface_hub: {install_hint('export')}"
         ) from error
-    with _explained(name):
+    with _explained(name, _UNREACHABLE):
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _wanted(file.rfilename)}
         folder = huggingface_hub.snapshot_download(
@@ -181,7 +184,7 @@ def download(repo_id: str, revision: str | None = None, progress: Progress | Non
         raise CheckpointError(
             f"{name}: no such folder here; downloading it from the hub needs huggingface_hub: {install_hint('export')}"
         ) from error
-    with _explained(name):
+    with _explained(name, _INTERRUPTED):
         total = _missing_bytes(repo_id, revision)
         with (progress or Silent()).task(f"download {repo_id}", total) as advance:
             folder = huggingface_hub.snapshot_download(

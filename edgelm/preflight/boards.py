@@ -106,7 +106,7 @@ def board(name: str) -> Board:
     Raises:
         EdgeLMError: there is no such board; lists those that there are.
     """
-    known = boards()
+    known, name = boards(), name.lower()
     if name in known:
         return known[name]
     sizes = [

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import MANIFEST, Manifest
+from edgelm.bundle import MANIFEST, Bundle, Manifest
 from edgelm.checkpoint import HUB_ID, MAX_CONFIG_BYTES, NO_GGUF, family_of, hub
 from edgelm.checkpoint.jsonfile import read_json_object
-from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.errors import BundleError, CheckpointError
+from edgelm.json_dataclass import ErrorFactory, read_json
 from edgelm.models.spec import Decoder
 from edgelm.models.unsupported_fields import not_implemented
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _WEIGHTS = "*.safetensors"
+_GIVE = "give the folder of a checkpoint or of a bundle, or a hub id"
+_DAMAGED = ErrorFactory(BundleError, "copy or export the bundle again")
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,17 @@ def read_subject(given: str) -> Subject:
     Raises:
         CheckpointError, BundleError: there is no such folder or repository, or its config.json or manifest is damaged.
     """
+    if not given.strip():
+        raise CheckpointError(f"the model is {given!r}: {_GIVE}")
     path = Path(given)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         raise CheckpointError(f"{path}: {NO_GGUF}")
     if path.is_dir():
         return _bundle(given, path) if (path / MANIFEST).is_file() else _checkpoint(given, path)
     if path.exists():
-        raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
+        raise CheckpointError(f"{given}: is a file: {_GIVE}")
     if not HUB_ID.fullmatch(given):
-        raise CheckpointError(f"{path}: no such folder (a hub id looks like owner/name)")
+        raise CheckpointError(f"{given}: no such folder (a hub id looks like owner/name)")
     repo_id, _, revision = given.partition("@")
     listing = hub.describe(repo_id, revision or None)
     return _described(
@@ -123,8 +127,8 @@ def _described(
     notes: tuple[str, ...] = (),
 ) -> Subject:
     if not (folder / "config.json").exists():
-        what = NO_GGUF if any(folder.glob("*.gguf")) else "is this a checkpoint or a bundle?"
-        raise CheckpointError(f"{given}: no config.json; {what}")
+        what = NO_GGUF if any(folder.glob("*.gguf")) else _GIVE
+        raise CheckpointError(f"{given}: has no config.json: {what}")
     config = read_json_object(folder / "config.json", MAX_CONFIG_BYTES)
     family, decoder, refused = spec_of(config)
     return Subject(
@@ -149,14 +153,11 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _bundle(given: str, path: Path) -> Subject:
-    manifest = Manifest.from_json((path / MANIFEST).read_bytes(), path / MANIFEST)
-    refused: list[str] = []
-    family = decoder = None
-    config_file = path / "config.json"
-    if config_file.is_file():
-        family, decoder, refused = spec_of(json.loads(config_file.read_text(encoding="utf-8")))
+    manifest = Bundle.open(path).manifest
+    config = read_json(path / "config.json", _DAMAGED)
+    family, decoder, refused = spec_of(config) if isinstance(config, dict) else (None, None, [])
     if decoder is None:
-        raise EdgeLMError(f"{given}: its config.json cannot be read as a model: export the bundle again")
+        raise _DAMAGED.at(path / "config.json", "; ".join(["describes no model that EdgeLM knows", *refused]))
     return Subject(
         kind="bundle",
         name=given,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,14 @@ def test_of_a_hub_id_only_small_files_are_fetched(hub: Hub) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("owner/gated", "access is restricted"), ("owner/none", "no such repository"), ("no folder", "no such folder")],
+    [
+        ("owner/gated", "access is restricted"),
+        ("owner/none", "no such repository"),
+        ("no folder", "no such folder"),
+        ("https://huggingface.co/owner/model", "https://huggingface.co/owner/model: no such folder"),
+        ("", "the model is '': give the folder of a checkpoint or of a bundle, or a hub id"),
+        (__file__, "is a file: give the folder of a checkpoint or of a bundle, or a hub id"),
+    ],
 )
 def test_what_cannot_be_read_gives_one_line(hub: Hub, name: str, message: str) -> None:
     result = doctor(name)
@@ -109,10 +118,45 @@ def test_what_cannot_be_read_gives_one_line(hub: Hub, name: str, message: str) -
     assert result.stderr.count("\n") == 1
 
 
+def test_without_a_network_the_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    result = doctor("owner/model")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("edgelm: error: owner/model: no such folder here, and the hub cannot be reached (")
+    assert result.stderr.endswith("): check the connection, or give a folder\n")
+
+
+def test_a_damaged_bundle_is_refused(tiny_bundle: Callable[[str, str, str], Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("fox", "int4", "native"), bundle)
+
+    def refusal() -> str:
+        result = doctor(bundle, "--for", "pi5-8gb")
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+    config = (bundle / "config.json").read_bytes()
+    (bundle / "config.json").write_bytes(b" " * len(config))
+    assert "config.json: not valid JSON" in refusal()
+    (bundle / "config.json").write_bytes(config.replace(b"LlamaForCausalLM", b"OtherForCausalLM").replace(
+        b'"llama"', b'"other"'))  # fmt: skip
+    assert "config.json: describes no model that EdgeLM knows" in refusal()
+    (bundle / "config.json").write_bytes(config)
+    other = doctor(bundle, "--for", "orin-nano-8gb")
+    assert "takes bundles for tensorrt: export it again with --target tensorrt" in other.stdout
+    os.truncate(bundle / "model.onnx.data", 1000)
+    assert "model.onnx.data has 1000 bytes" in refusal()
+    (bundle / "config.json").unlink()
+    assert "config.json is missing" in refusal()
+
+
 def test_damaged_and_unknown_configs_are_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    assert "no config.json" in doctor(broken).stderr
+    assert "has no config.json: give the folder of a checkpoint or of a bundle" in doctor(broken).stderr
     (broken / "config.json").write_text('{"architectures": [')
     result = doctor(broken)
     assert result.exit_code == 1
@@ -138,6 +182,9 @@ def test_wrong_usage_is_told_apart(tmp_path: Path) -> None:
         ((model, "--for", "pi9"), "there is no board 'pi9' in the table: give one of pi5-2gb"),
         ((model, "--context-length", "65"), "more than the model's context of 64"),
         ((model, "--for", "pi5", "--threads", "1"), "--threads is for this machine"),
+        ((model, "--for", "thor", "--ops", "portable"), "--ops is for the target cpu, and this is for tensorrt"),
+        ((model, "--target", "cuda", "--ops", "native"), "--ops is for the target cpu, and this is for cuda"),
+        ((model, "--new-tokens", "x"), "'x' is not a valid whole number"),
     ):
         result = doctor(*arguments)
         assert result.exit_code == 2
@@ -174,10 +221,11 @@ def test_every_board_has_its_figures_and_their_source() -> None:
         assert len(one.source) > 40, name
         assert (one.sm is None) == (one.target == "cpu"), name
         assert (one.cores > 0) == (one.target == "cpu"), name
-    assert board("pi5").name == "pi5-16gb"
+    assert board("pi5").name == board("PI5").name == "pi5-16gb"
     with pytest.raises(EdgeLMError, match="there is no board 'x' in the table"):
         board("x")
     assert "pi5-8gb" in doctor("--for", "list").stdout
+    assert doctor("owner/model", "--for", "list").stdout == doctor("--for", "list").stdout
     assert json.loads(doctor("--for", "list", "--json").stdout)["thor"]["sm"] == 110
 
 

@@ -131,6 +131,8 @@ def examine_model(
     if subject.manifest is not None:
         target, ops = subject.manifest.target, subject.manifest.ops
     target = target or (found.target if found is not None else _target_here())
+    if ops is not None and subject.kind != "bundle" and target != "cpu":
+        raise click.UsageError(f"--ops is for the target cpu, and this is for {target}: leave it out")
     if target == "cpu" and ops is None:
         ops, why = _operators(found)
         notes += why
@@ -238,7 +240,8 @@ def _not_here(subject: Subject, question: Question) -> str | None:
     board, target = question.board, question.target
     if board is not None:
         if target != board.target:
-            return f"target {target}: {board.title} takes bundles for {board.target}"
+            again = "export it again with" if subject.kind == "bundle" else "ask with"
+            return f"target {target}: {board.title} takes bundles for {board.target}: {again} --target {board.target}"
         return None
     if target != "cpu" and not gpus()["devices"]:
         return f"target {target}: this machine has no GPU that can be used ({gpus()['why']})"
