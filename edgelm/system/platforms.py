@@ -51,7 +51,10 @@ PLATFORMS = {
         # ONNX Runtime's wheels ask for macOS 14.
         Platform(
             "macos-arm64", "aarch64-macos.11.0", "macosx_11_0_arm64",
-            tuple(f"macosx_{major}_0_{cpu}" for major in (14, 13, 12, 11) for cpu in ("arm64", "universal2")),
+            (
+                *(f"macosx_{major}_0_{cpu}" for major in (14, 13, 12, 11) for cpu in ("arm64", "universal2")),
+                *(f"macosx_10_{minor}_universal2" for minor in range(16, 3, -1)),
+            ),
         ),
         Platform("windows-x86_64", "x86_64-windows-gnu", "win_amd64", ("win_amd64",)),
     )
