@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.tags import parse_tag
 
+from edgelm.errors import EdgeLMError
 from edgelm.runtimes.csrc.dist import archive, binaries, build, checks, sbom
 from edgelm.runtimes.csrc.dist.binaries import Binary
 from edgelm.system.platforms import PLATFORMS, Platform
@@ -166,3 +167,16 @@ def test_checksums_are_those_that_sha256sum_checks(tmp_path: Path) -> None:
     (tmp_path / "b.whl").write_bytes(b"changed")
     ran = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path, check=False, capture_output=True)
     assert ran.returncode == 1
+
+
+def test_only_a_commit_is_built_twice(tmp_path: Path) -> None:
+    with pytest.raises(EdgeLMError, match="--reproducible builds a commit twice: fatal: not a git repository"):
+        build.committed(tmp_path)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(EdgeLMError, match=r"changes that are not committed(.|\n)*\?\? file"):
+        build.committed(tmp_path)
+    subprocess.run(["git", "-C", tmp_path, "add", "file"], check=True)
+    subprocess.run(["git", "-C", tmp_path, *name, "commit", "--quiet", "-m", "Add"], check=True)
+    assert len(build.committed(tmp_path)) == 40

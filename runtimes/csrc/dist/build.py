@@ -137,18 +137,40 @@ def write_sums(files: list[Path], out: Path) -> Path:
     return sums
 
 
-def differences(root: Path, platforms: list[Platform], files: list[Path], work: Path) -> list[str]:
-    """Build the last commit again, in another folder, and return the names of the files that differ.
+def committed(root: Path) -> str:
+    """Return the last commit of a checkout.
+
+    Raises:
+        EdgeLMError: it is no git checkout, or has changes that are not committed.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changes = git("status", "--porcelain")
+        if not changes:
+            return git("rev-parse", "HEAD").strip()
+    except subprocess.CalledProcessError as error:
+        raise EdgeLMError(f"{root}: --reproducible builds a commit twice: {error.stderr.strip()}") from error
+    raise EdgeLMError(f"{root} has changes that are not committed, and --reproducible builds a commit twice: "
+                      f"commit them, or put them aside\n{changes.rstrip()}")  # fmt: skip
+
+
+def differences(root: Path, commit: str, platforms: list[Platform], files: list[Path], work: Path) -> list[str]:
+    """Build a commit again, in another folder, and return the names of the files that differ.
 
     Args:
         root: the checkout.
+        commit: what `files` were built from.
         platforms: those that were built.
-        files: what was built; the checkout has no changes since the last commit.
+        files: what was built.
         work: the other folder; made again.
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", "--shared", str(root), str(work / "edgelm")], check=True)
+    subprocess.run(["git", "-C", str(work / "edgelm"), "checkout", "--quiet", commit], check=True)
     build_all(work / "edgelm", platforms, work / "dist")
     return [path.name for path in files if path.read_bytes() != (work / "dist" / path.name).read_bytes()]
 
@@ -164,6 +186,7 @@ def main() -> None:
     out = options.out.resolve()
     try:
         platforms = [named(name) for name in options.platforms] or list(PLATFORMS.values())
+        commit = committed(ROOT) if options.reproducible else ""
         files = build_all(ROOT, platforms, out)
         here = this_platform()
         if here in platforms and here is not None and not options.no_smoke:
@@ -171,7 +194,7 @@ def main() -> None:
             for line in smoke(ROOT, files[0], files[place], files[place + 1], ROOT / "build" / "dist" / "smoke"):
                 print(f"{here.name}: {line}")
         if options.reproducible:
-            if changed := differences(ROOT, platforms, files, ROOT / "build" / "dist" / "again"):
+            if changed := differences(ROOT, commit, platforms, files, ROOT / "build" / "dist" / "again"):
                 raise EdgeLMError(f"a second build gave other bytes: {', '.join(changed)}")
             print(f"a second build in another folder gave the same bytes: {len(files)} files")
     except (EdgeLMError, RuntimeError, subprocess.CalledProcessError) as error:
