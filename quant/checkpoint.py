@@ -1,8 +1,8 @@
 """Write a quantised checkpoint, in which quantised values and scales replace the matrices that a recipe quantises.
 
-A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, if asymmetric, `a.b.zeros`, with the layout of
-`QuantTensor`. If the codes of a row do not fill the last byte, `a.b.columns` holds K. config.json gets a
-`quantization_config` with the recipe. `WeightSource` reads such a checkpoint.
+In our own layout a quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, if asymmetric, `a.b.zeros`, with the
+layout of `QuantTensor`. If the codes of a row do not fill the last byte, `a.b.columns` holds K. config.json gets a
+`quantization_config` with the recipe. `edgelm.quant.formats.LAYOUTS` has the others. `WeightSource` reads all of them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
 from edgelm.files import atomic_directory, prepare_output
 from edgelm.progress import Progress, Silent
-from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE, stored_arrays
+from edgelm.quant.formats import Layout, layout_of
+from edgelm.quant.formats.edgelm import INPUT_SCALE, METHOD, OWN
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
-from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, float_source, part_name
+from edgelm.quant.source import WeightSource, float_source, part_name
 from edgelm.slices import slices
 
 SHARD_BYTES = 5_000_000_000
@@ -74,6 +75,7 @@ def quantize_checkpoint(
     out: str | Path,
     recipe: Recipe,
     *,
+    format: str = METHOD,  # noqa: A002 the name of the command's option
     threads: int | None = None,
     shard_bytes: int | None = SHARD_BYTES,
     overwrite: bool = False,
@@ -89,6 +91,7 @@ def quantize_checkpoint(
         source: Float checkpoint, a folder or a hub id.
         out: Folder to write.
         recipe: How to quantise. It must quantise at least one tensor.
+        format: How to store the result, one of `edgelm.quant.formats.LAYOUTS`.
         threads: Blocks in work at once; None for one per core.
         shard_bytes: Largest size of a weight file; None for a single file.
         overwrite: Replace a checkpoint that EdgeLM wrote at `out`, once the new one is complete.
@@ -100,18 +103,23 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: `source` is incomplete or damaged, or a weight is not finite.
-        RecipeError: `source` is quantised already, the recipe does not suit its tensors, or it has static activations,
-            which need calibration.
-        EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), or the disk is full.
+        RecipeError: `source` is quantised already, the recipe does not suit its tensors or the format, or it has static
+            activations, which need calibration.
+        EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), there is no such format, or the disk is
+            full.
     """
     progress = progress or Silent()
+    layout = layout_of(format)
     prepare_output(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with Checkpoint.open(source, progress) as checkpoint:
-        weights = float_source(checkpoint, recipe)
+        weights = float_source(checkpoint, layout.adapted(recipe, checkpoint.decoder))
+        layout.check(weights)
         _refuse_static(weights)
-        stored_specs(weights)  # raises before the folder is made
+        stored_specs(weights, layout)  # raises before the folder is made
         with atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder:
-            summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
+            summary = write_quantized(
+                weights, folder, layout=layout, threads=threads, shard_bytes=shard_bytes, progress=progress
+            )
             write_extra_files(folder, extra_files)
     return replace(summary, path=Path(out))
 
@@ -130,6 +138,7 @@ def write_quantized(
     weights: WeightSource,
     folder: Path,
     *,
+    layout: Layout = OWN,
     threads: int | None,
     shard_bytes: int | None,
     progress: Progress,
@@ -140,6 +149,7 @@ def write_quantized(
     Args:
         weights: A float checkpoint and its recipe.
         folder: An existing, empty folder.
+        layout: How to store them; it has checked `weights`.
         threads: Blocks in work at once; None for one per core.
         shard_bytes: Largest size of a weight file; None for a single file.
         progress: Gets the bytes of the source that are done.
@@ -150,16 +160,16 @@ def write_quantized(
     """
     checkpoint = weights.checkpoint
     scales = {part_name(name, INPUT_SCALE): scale for name, scale in (input_scales or {}).items()}
-    specs = stored_specs(weights) | {key: TensorSpec("F32", ()) for key in scales}
+    specs = stored_specs(weights, layout) | {key: TensorSpec("F32", ()) for key in scales}
     schemes = {name: weights.scheme(name) for name in checkpoint.tensors}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     copy_companions(checkpoint.path, folder)
-    _write_config(checkpoint, folder, weights.recipe)
+    _write_config(checkpoint, folder, layout.settings(weights))
     with (
         ShardedWriter(folder, specs, shard_bytes) as writer,
         progress.task("quantising", total) as advance,
     ):
-        for done in _run(_jobs(weights, schemes, writer), allowed_cores() if threads is None else threads):
+        for done in _run(_jobs(weights, layout, schemes, writer), allowed_cores() if threads is None else threads):
             advance(done)
         for key, scale in scales.items():
             writer.write(key, np.array(scale, np.float32))
@@ -174,16 +184,28 @@ def write_quantized(
     )
 
 
-def stored_specs(weights: WeightSource) -> dict[str, TensorSpec]:
+def stored_specs(weights: WeightSource, layout: Layout = OWN) -> dict[str, TensorSpec]:
     """Return types and shapes of the tensors in the quantised checkpoint.
 
     Raises:
-        RecipeError: A tensor that the recipe quantises cannot be stored quantised.
+        RecipeError: The checkpoint has a tensor with the name of a part of a quantised one.
     """
     checkpoint = weights.checkpoint
-    specs = {
-        key: spec for name in checkpoint.tensors for key, spec in _specs(checkpoint, name, weights.scheme(name)).items()
-    }
+    specs: dict[str, TensorSpec] = {}
+    for name, info in checkpoint.tensors.items():
+        scheme = weights.scheme(name)
+        if scheme is None:
+            specs[name] = TensorSpec(info.dtype, info.shape)
+            continue
+        rows, columns = info.shape
+        parts = layout.parts(name, (rows, columns), scheme)
+        taken = [key for key in parts if key in checkpoint.tensors]
+        if taken:
+            raise RecipeError(
+                f"{checkpoint.path} already has a tensor {taken[0]}, a name that the quantised {name} needs: keep "
+                f"{name} float by a rule"
+            )
+        specs |= parts
     return specs | {name: TensorSpec("F32", array.shape) for name, array in weights.replaced.items()}
 
 
@@ -194,34 +216,8 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _specs(checkpoint: Checkpoint, name: str, scheme: AnyScheme | None) -> dict[str, TensorSpec]:
-    info = checkpoint.tensors[name]
-    if scheme is None:
-        return {name: TensorSpec(info.dtype, info.shape)}
-    if not name.endswith(".weight"):
-        raise RecipeError(
-            f'{name} cannot be stored quantised, because it does not end in ".weight": keep it float by a rule'
-        )
-    rows, columns = info.shape
-    specs = {
-        part_name(name, "qweight"): TensorSpec("U8", (rows, scheme.code_bytes(columns))),
-        part_name(name, "scales"): TensorSpec(f"F{8 * scheme.scale_dtype.itemsize}", (rows, scheme.groups(columns))),
-    }
-    if scheme.has_zeros:
-        specs[part_name(name, "zeros")] = TensorSpec("U8", (rows, scheme.groups(columns)))
-    if columns * scheme.bits % 8:
-        specs[part_name(name, COLUMNS)] = TensorSpec("I64", (1,))
-    taken = [key for key in specs if key in checkpoint.tensors]
-    if taken:
-        raise RecipeError(
-            f"{checkpoint.path} already has a tensor {taken[0]}, a name that the quantised {name} needs: keep {name} "
-            "float by a rule"
-        )
-    return specs
-
-
 def _jobs(
-    weights: WeightSource, schemes: dict[str, AnyScheme | None], writer: ShardedWriter
+    weights: WeightSource, layout: Layout, schemes: dict[str, AnyScheme | None], writer: ShardedWriter
 ) -> Iterator[Callable[[], int]]:
     for name, scheme in schemes.items():
         info = weights.checkpoint.tensors[name]
@@ -232,8 +228,13 @@ def _jobs(
             yield partial(_copy_whole, weights, writer, name)
             continue
         rows = info.shape[0]
-        for part in slices(rows, _BLOCK_BYTES * rows // max(info.nbytes, 1)):
-            yield partial(_copy_rows if scheme is None else _quantize_rows, weights, writer, name, part)
+        count = _BLOCK_BYTES * rows // max(info.nbytes, 1)
+        if scheme is None:
+            for part in slices(rows, count):
+                yield partial(_copy_rows, weights, writer, name, part)
+            continue
+        for part in slices(rows, max(layout.row_unit, count // layout.row_unit * layout.row_unit)):
+            yield partial(_quantize_rows, weights, layout, writer, name, part)
 
 
 def _copy_whole(weights: WeightSource, writer: ShardedWriter, name: str) -> int:
@@ -253,14 +254,13 @@ def _copy_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: sl
     return values.nbytes
 
 
-def _quantize_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: slice) -> int:
+def _quantize_rows(weights: WeightSource, layout: Layout, writer: ShardedWriter, name: str, rows: slice) -> int:
     found = weights.quantized(name, rows)
-    for key, array in stored_arrays(name, found).items():
-        writer.write_rows(key, rows.start, array)
     info = weights.checkpoint.tensors[name]
-    if rows.start == 0 and (key := part_name(name, COLUMNS)) in writer.tensors:
-        writer.write(key, np.array([info.shape[1]], np.int64))
-    return info.nbytes // info.shape[0] * found.shape[0]
+    count, columns = info.shape
+    for key, start, array in layout.blocks(name, (count, columns), rows.start, found):
+        writer.write_rows(key, start, array)
+    return info.nbytes // count * found.shape[0]
 
 
 def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
@@ -295,9 +295,8 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
-    entry = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "recipe": recipe.to_toml()}
-    config = {**checkpoint.config, "quantization_config": entry}
+def _write_config(checkpoint: Checkpoint, folder: Path, settings: Mapping[str, object]) -> None:
+    config = {**checkpoint.config, "quantization_config": settings}
     (folder / _CONFIG).write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
     )

@@ -38,6 +38,8 @@ from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
 from edgelm.quant.calibration.resume import CalibratedSource, ResumeFolder, open_resume, resume_place
 from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_extra_files, write_quantized
+from edgelm.quant.formats import layout_of
+from edgelm.quant.formats.edgelm import METHOD, OWN
 from edgelm.quant.methods import Moments
 from edgelm.quant.methods.drift import Drift
 from edgelm.quant.recipe import Recipe
@@ -70,6 +72,7 @@ def calibrate_checkpoint(
     coverage: CoverageOptions | None = None,
     require_coverage: bool = False,
     smoothing: str | None = None,
+    format: str = METHOD,  # noqa: A002 the name of the command's option
     threads: int | None = None,
     overwrite: bool = False,
     extra_files: Mapping[str, str] | None = None,
@@ -91,6 +94,7 @@ def calibrate_checkpoint(
         coverage: Tokens that each expert needs; None for the default.
         require_coverage: Fail if an expert has too few tokens, instead of rounding it to nearest.
         smoothing: Scale the float weights first, for "activations" or for "weights"; None for no smoothing.
+        format: How to store the result, one of `edgelm.quant.formats.LAYOUTS`.
         threads: Threads of the arithmetic; None for one per core. Another number may change the order of sums.
         overwrite: Replace a checkpoint that EdgeLM wrote at `out`, once the new one is complete.
         extra_files: Further files to write, contents by name.
@@ -101,24 +105,28 @@ def calibrate_checkpoint(
 
     Raises:
         CheckpointError: `source` is incomplete or damaged, or a weight is not finite.
-        RecipeError: `source` is quantised already, or the recipe does not suit its tensors.
-        EdgeLMError: There is no text or too little, `out` cannot be used (`edgelm.output_paths.check_output`), coverage
-            is required and missing, or the disk is full.
+        RecipeError: `source` is quantised already, or the recipe does not suit its tensors or the format.
+        EdgeLMError: There is no such format, no text or too little, `out` cannot be used
+            (`edgelm.output_paths.check_output`), coverage is required and missing, or the disk is full.
     """
     progress = progress or Silent()
     options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage, smoothing)
-    out = Path(out)
+    out, layout = Path(out), layout_of(format)
     prepare_output(out, CHECKPOINT, sources=[source], overwrite=overwrite)
-    with (
-        Checkpoint.open(source, progress) as checkpoint,
-        calibrated(
-            checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2, input_scales=True
-        ) as (weights, report),
-        atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder,
-    ):
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(source, progress))
+        recipe = layout.adapted(recipe, checkpoint.decoder)
+        layout.check(float_source(checkpoint, recipe))
+        weights, report = stack.enter_context(
+            calibrated(
+                checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2, input_scales=True
+            )
+        )
+        folder = stack.enter_context(atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite))
         summary = write_quantized(
             weights,
             folder,
+            layout=layout,
             threads=threads,
             shard_bytes=SHARD_BYTES,
             progress=progress,
@@ -162,6 +170,7 @@ def calibrated(
     weights = float_source(checkpoint, recipe)
     decoder = checkpoint.decoder
     weights.check_tensors(decoder.tensor_shapes)
+    OWN.check(weights)  # the resume folder has our layout
     stored = sum(spec.nbytes for spec in stored_specs(weights).values())
     corpus = read_corpus(options.text)
     ids = _windows(checkpoint, corpus, options)

@@ -1,14 +1,16 @@
-"""Read EdgeLM's own quantised checkpoints; the interface that all readers of quantised checkpoints share."""
+"""EdgeLM's own quantised checkpoints; the interface that all readers of quantised checkpoints share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import CheckpointError
+from edgelm.checkpoint.writer import TensorSpec
+from edgelm.errors import CheckpointError, RecipeError
+from edgelm.quant.formats.layout import Block, Layout, Planned
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
@@ -34,6 +36,47 @@ def stored_arrays(name: str, tensor: QuantTensor) -> dict[str, NDArray[Any]]:
     """Return the arrays of a quantised tensor by their keys in the file."""
     arrays = zip(PARTS, (tensor.codes, tensor.scales, tensor.zeros), strict=True)
     return {part_name(name, part): array for part, array in arrays if array is not None}
+
+
+class OwnLayout(Layout):
+    """Layout of `OwnWeights`. It holds every scheme of a matrix whose name ends in ".weight"."""
+
+    def check(self, weights: Planned) -> None:
+        """See `Layout.check`."""
+        for name in weights.shapes:
+            if weights.scheme(name) is not None and not name.endswith(".weight"):
+                raise RecipeError(
+                    f'{name} cannot be stored quantised, because it does not end in ".weight": keep it float by a rule'
+                )
+
+    def parts(self, name: str, shape: tuple[int, int], scheme: AnyScheme) -> dict[str, TensorSpec]:
+        """See `Layout.parts`."""
+        rows, columns = shape
+        specs = {
+            part_name(name, "qweight"): TensorSpec("U8", (rows, scheme.code_bytes(columns))),
+            part_name(name, "scales"): TensorSpec(
+                f"F{8 * scheme.scale_dtype.itemsize}", (rows, scheme.groups(columns))
+            ),
+        }
+        if scheme.has_zeros:
+            specs[part_name(name, "zeros")] = TensorSpec("U8", (rows, scheme.groups(columns)))
+        if columns * scheme.bits % 8:
+            specs[part_name(name, COLUMNS)] = TensorSpec("I64", (1,))
+        return specs
+
+    def blocks(self, name: str, shape: tuple[int, int], start: int, found: QuantTensor) -> Iterator[Block]:
+        """See `Layout.blocks`."""
+        for key, array in stored_arrays(name, found).items():
+            yield key, start, array
+        if start == 0 and shape[1] * found.scheme.bits % 8:
+            yield part_name(name, COLUMNS), 0, np.array([shape[1]], np.int64)
+
+    def settings(self, weights: Planned) -> dict[str, object]:
+        """See `Layout.settings`."""
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "recipe": weights.recipe.to_toml()}
+
+
+OWN = OwnLayout()
 
 
 def read_stored(
