@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
 
 RECIPE_FILE = "recipe.toml"
+_OWN, _FOR_VLLM = "edgelm", "compressed-tensors"
 
 
 @verb(example="edgelm quantize allenai/OLMoE-1B-7B-0924 -o olmoe-int4 --calibration builtin")
@@ -34,6 +35,14 @@ RECIPE_FILE = "recipe.toml"
     default_text="int4",
     help="How to quantise: int4, int8, fp8, or a TOML file.",
 )
+@option(
+    "--format",
+    "layout",
+    type=click.Choice((_OWN, _FOR_VLLM)),
+    default=_OWN,
+    help="Layout of the checkpoint: `compressed-tensors` is for vLLM and transformers. There int4 has groups of 128, "
+    "int8 a scale for each row, and embedding, head and routers stay float.",
+)
 @mixed_precision_options(Group.MIXED)
 @calibration_options
 @threads_option("Worker threads.", Group.RESOURCES)
@@ -43,6 +52,7 @@ def quantize(
     checkpoint: str,
     out: Path,
     recipe: str | None,
+    layout: str,
     bits: float | None,
     max_size: int | None,
     calibration: CalibrationOptions | None,
@@ -56,6 +66,10 @@ def quantize(
     recipe that was chosen, as recipe.toml.
     """
     refuse_two(recipe, bits, max_size)
+    if layout != _OWN and (bits is not None or max_size is not None):
+        raise click.UsageError(
+            f"--bits and --max-size choose schemes that {layout} does not have: give --recipe with --format {layout}"
+        )
     import dataclasses
     import json
     import time
@@ -78,7 +92,7 @@ def quantize(
         progress=progress,
     )
     # A checkpoint has no .toml files, so this name is free.
-    writing: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "progress": progress}
+    writing: dict[str, Any] = {"format": layout, "threads": threads, "overwrite": overwrite, "progress": progress}
     writing["extra_files"] = None if result is None else {RECIPE_FILE: result.toml}
     plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
@@ -95,6 +109,7 @@ def quantize(
         document = {
             "checkpoint": str(made.path),
             "recipe": made.recipe.name,
+            "format": layout,
             "bytes": made.stored_bytes,
             "source_bytes": made.source_bytes,
             "bits_per_weight": round(made.bits_per_weight, 3),
@@ -107,8 +122,9 @@ def quantize(
         progress.note(
             f"{made.path}: {made.quantized_tensors:,} tensors quantised, {made.float_tensors:,} kept, "
             f"{format_size(made.source_bytes)} -> {format_size(made.stored_bytes)} "
-            f"({made.bits_per_weight:.2f} bits per weight), {plan.name}, in {seconds:.0f} s"
+            f"({made.bits_per_weight:.2f} bits per weight), {made.recipe.name}, in {seconds:.0f} s"
         )
         if result is not None:
             progress.note(f"its recipe, to read and edit: {made.path / RECIPE_FILE}")
-        progress.note(f"try: edgelm export {made.path} -o BUNDLE")
+        use = f"edgelm export {made.path} -o BUNDLE" if layout == _OWN else f"vllm serve {made.path}"
+        progress.note(f"try: {use}")

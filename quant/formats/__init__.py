@@ -1,4 +1,4 @@
-"""Quantised checkpoints: read those of other tools (GPTQ, AWQ, compressed-tensors, FP8), write ours.
+"""Quantised checkpoints: read those of other tools (GPTQ, AWQ, compressed-tensors, FP8), write ours and for vLLM.
 
 The values are read exactly, without rounding again. Whatever EdgeLM's schemes cannot hold exactly is refused, with the
 tensor's name and advice. A `Layout` writes them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgelm.errors import EdgeLMError
-from edgelm.quant.formats import edgelm
+from edgelm.quant.formats import compressed_tensors_layout, edgelm
 from edgelm.quant.formats.layout import Layout
 from edgelm.quant.formats.reader import FORMATS, FormatWeights, format_of, recipe_of
 
@@ -17,6 +17,7 @@ __all__ = ["FORMATS", "LAYOUTS", "FormatWeights", "Layout", "format_of", "layout
 
 LAYOUTS: Mapping[str, Layout] = {
     edgelm.METHOD: edgelm.OWN,
+    compressed_tensors_layout.METHOD: compressed_tensors_layout.CompressedTensorsLayout(),
 }
 """How `quantize_checkpoint` can store a checkpoint, by the `quant_method` that config.json gets."""
 

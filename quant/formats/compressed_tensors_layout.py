@@ -131,7 +131,7 @@ class CompressedTensorsLayout(Layout):
                 "format": FORMAT,
                 "input_activations": None,
                 "output_activations": None,
-                # "Linear" alone would also name a fused matrix whose parts are named by another group.
+                # "Linear" names every module, so it can stand for one group only.
                 "targets": ["Linear"] if len(kinds) == 1 else _targets(modules, scheme),
                 "weights": _weights(scheme),
             }
