@@ -67,6 +67,10 @@ class GenerationValueError(GenerationError, ArgumentValueError):
     """An option of generation is out of range, or has no effect together with the others."""
 
 
+class SessionError(EdgeLMError):
+    """A session cannot be saved, or a session file is damaged or belongs to something else."""
+
+
 class ParityError(EdgeLMError):
     """The parity check could not run. A check that fails is a result, not an error."""
 

@@ -49,7 +49,7 @@ def disk_full_explained(target: Path) -> Iterator[None]:
         free = shutil.disk_usage(target.parent).free
         raise EdgeLMError(
             f"the disk is full while writing {target} ({format_size(free)} free): nothing was left behind; "
-            "free some space or choose another place with -o"
+            "free some space or choose another place"
         ) from error
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from edgelm.generation.batched import decode_together, positions
 from edgelm.generation.options import GenerateOptions, Options
 from edgelm.generation.prefix_cache import PrefixCache
 from edgelm.generation.sampling import is_integer
+from edgelm.generation.session_file import load_session, save_session
 from edgelm.generation.stream import Continuation, Generation, TextStream
 from edgelm.generation.turns import Turn, Turns
 from edgelm.runtimes import Runtime, open_runtime
@@ -43,7 +45,8 @@ class LanguageModel:
     from that thread raises `GenerationError`, since it would wait for itself.
 
     The KV cache of the last call is reused for the common prefix of the prompts. With a `seed` the text must not depend
-    on earlier calls, so only an identical prompt is reused, unless the option `reuse` is set.
+    on earlier calls, so only what has the bits of a fresh model is reused, unless the option `reuse` is set: an
+    identical prompt, and whole prefill steps (512 tokens on a CPU).
 
     Attributes:
         bundle: the bundle.
@@ -140,12 +143,10 @@ class LanguageModel:
         if not is_integer(batch) or batch < 1:
             kind = GenerationValueError if is_integer(batch) else GenerationTypeError
             raise kind(f"batch is {batch!r:.100}: it has to be an integer, 1 or more")
-        turn, runtime = Turn(self._turns), self.runtime
+        runtime = self.runtime
         rows = min(int(batch), len(answers))
-        opened = None
         if rows > 1:
-            turn.begin()
-            try:
+            with self._turn() as turn:
                 opened = runtime.open_batch(rows, positions(answers, runtime.context_length))
                 if opened is not None:
                     with opened:
@@ -153,9 +154,6 @@ class LanguageModel:
                             opened, answers, turn,
                             context_length=runtime.context_length, chunk=runtime.chunk, started=started,
                         )  # fmt: skip
-            finally:
-                turn.leave()
-                turn.pause()
         return [TextStream(self.cache, answer, Turn(self._turns), started=started).drain() for answer in answers]
 
     def _answers(
@@ -231,6 +229,69 @@ class LanguageModel:
 
         stream = await asyncio.to_thread(self.chat_stream, messages, **options)
         return await stream.in_worker(stream.drain)
+
+    def save_session(self, path: Path | str, *, tokens: int | None = None) -> None:
+        """Write the cached tokens and their KV cache to a file, atomically. An earlier session there is replaced.
+
+        After `load_session`, in this or a later process, a prompt that begins with these tokens computes only the rest.
+        libedgelm reads and writes the same files. The size is that of the cache: 128 KiB per token of OLMoE-1B-7B with
+        a float16 cache.
+
+        Args:
+            path: the file, in a folder that exists.
+            tokens: save only the first ones; default: all that are cached, prompt and answer of the last call.
+
+        Raises:
+            SessionError: the runtime cannot save its cache, the file cannot be written, or there are fewer tokens.
+            EdgeLMError: `path` is a folder or holds something else than a session, its folder does not exist, the disk
+                is full, or the model was closed. A file that existed is then unchanged.
+
+        Example::
+
+            model.generate(manual, max_tokens=1)
+            model.save_session("manual.session")
+            # after a restart
+            model.load_session("manual.session")
+            print(model.generate(manual + question).text)  # computes the question only
+        """
+        with self._turn() as turn:
+            save_session(self.bundle, self.cache, path, tokens=tokens, check=turn.check)
+
+    def load_session(self, path: Path | str) -> int:
+        """Replace the cached tokens and their KV cache by those of a file that `save_session` or libedgelm wrote.
+
+        The next prompt then continues as it would have in the model that saved the file, bit for bit. A session belongs
+        to a bundle, a runtime and a type of KV cache; the context length may be another. With a `seed`, only
+        what has the bits of a fresh model is reused, as it is without a restart.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The number of tokens that are cached now.
+
+        Raises:
+            SessionError: the file is missing, unreadable, damaged, or belongs to something else; or the runtime cannot
+                load a cache.
+            ContextLengthError: it has more tokens than the context.
+            EdgeLMError: the model was closed.
+
+        All is checked before the model changes. Only if the file changes while it is read, nothing is cached after the
+        error.
+        """
+        with self._turn() as turn:
+            return load_session(self.bundle, self.cache, path, turn.check)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[Turn]:
+        """Have the model for the block, after the calls that came before."""
+        turn = Turn(self._turns)
+        turn.begin()
+        try:
+            yield turn
+        finally:
+            turn.leave()
+            turn.pause()
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -13,11 +13,8 @@ from edgelm.runtimes import Runtime
 
 
 @dataclass(frozen=True)
-class _Prefilled:
-    """The last prompt that was prefilled, and the logits after it.
-
-    `fresh`: it was computed from its first token on, without reuse of an earlier cache.
-    """
+class Prefilled:
+    """The last prompt that was prefilled, and the logits after it. `fresh`: these are the bits of a fresh model."""
 
     tokens: list[int]
     logits: NDArray[np.float32]
@@ -35,7 +32,8 @@ class PrefixCache:
         self.runtime = runtime
         # Token ids of the cached positions. Entries beyond the runtime's position are not cached.
         self._cached: list[int] = []
-        self._last_prompt: _Prefilled | None = None
+        self._last_prompt: Prefilled | None = None
+        self._fresh = 0
 
     def prefill(
         self, tokens: list[int], *, exact: bool, check: Callable[[], None] = lambda: None
@@ -58,26 +56,55 @@ class PrefixCache:
                 return last.logits, common
             common -= 1
         if exact:
-            common = 0
-        runtime.truncate(common)
+            # Whole chunks of a fresh computation: the rest is then computed in the chunks of a fresh model.
+            common = min(common, self._fresh) // runtime.chunk * runtime.chunk
+        fresh = common % runtime.chunk == 0 and common <= self._fresh
+        self._truncate(common)
         # Set before the prefill: if that is interrupted, the runtime's position tells how many tokens are cached.
         self._cached, self._last_prompt = list(tokens), None
         # In the runtime's own chunks, so that the results equal those of a single call.
         for begin in range(common, len(tokens), runtime.chunk):
             check()
             logits = runtime.prefill(tokens[begin : begin + runtime.chunk])
-        self._last_prompt = _Prefilled(list(tokens), logits.copy(), fresh=common == 0)
+        if fresh:
+            self._fresh = len(tokens) // runtime.chunk * runtime.chunk
+        self._last_prompt = Prefilled(list(tokens), logits.copy(), fresh)
         return logits, common
+
+    @property
+    def cached(self) -> list[int]:
+        """A list of the tokens of the cached positions."""
+        return self._cached[: self.runtime.position]
+
+    @property
+    def last_prompt(self) -> Prefilled | None:
+        """The last prompt, whose tokens are the first of the cached ones; None if its logits are not known."""
+        return self._last_prompt
+
+    @property
+    def fresh_tokens(self) -> int:
+        """How many of the cached tokens, in whole chunks, have the bits that a fresh model has for any prompt that
+        begins with them."""
+        return self._fresh
+
+    def replace(self, cached: list[int], last_prompt: Prefilled | None, fresh_tokens: int) -> None:
+        """Take over the tokens of a runtime whose cache was replaced or emptied."""
+        self._cached, self._last_prompt, self._fresh = cached, last_prompt, fresh_tokens
 
     def logits_of_last(self, tokens: Sequence[int], rows: int) -> Iterator[NDArray[np.float32]]:
         """Yield the logits after each of the last `rows` tokens, in blocks [n, V]."""
         begin = len(tokens) - rows
         common = min(self._common(tokens), begin)
-        self.runtime.truncate(common)
+        self._truncate(common)
         self._cached, self._last_prompt = list(tokens), None
         if common < begin:
             self.runtime.prefill(tokens[common:begin])
         yield from self.runtime.logits_all(tokens[begin:])
+
+    def _truncate(self, length: int) -> None:
+        """Keep `length` cached tokens, before those behind them are replaced."""
+        self.runtime.truncate(length)
+        self._fresh = min(self._fresh, length) // self.runtime.chunk * self.runtime.chunk
 
     def _common(self, tokens: Sequence[int]) -> int:
         """Return how many of `tokens` are cached."""

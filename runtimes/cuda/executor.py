@@ -7,7 +7,7 @@ are captured as a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,6 +267,21 @@ class Executor:
         assert self.layout.sampling is not None
         assert words.nbytes == self.layout.sampling.seen
         self.device.upload(self._base + self.layout.seen + row * words.nbytes, words)
+
+    def cache_parts(self, length: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of the first sequence's cache that hold the first `length` tokens, as addresses and bytes:
+        layer by layer keys, then values, of each head the codes, then the scales if there are any."""
+        capacity = self.layout.sizes.rounded
+        for node in self._program.nodes:
+            if node.op == "GroupQueryAttention" and length:
+                codes, scale = self.layout.operators.token_bytes(node)
+                for name in node.inputs[1:3]:
+                    at = self._base + self.layout.offsets[name]
+                    for _ in range(node.integer("kv_num_heads")):
+                        yield at, length * codes
+                        if scale:
+                            yield at + capacity * codes, length * scale
+                        at += capacity * (codes + scale)
 
     def _wait(self) -> None:
         """Wait for the copies of the last step."""

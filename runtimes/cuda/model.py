@@ -7,7 +7,7 @@ speed is not. It needs a C++ compiler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from edgelm.errors import GenerationError
 from edgelm.generation.sampling import Sampler
-from edgelm.runtimes.base import Runtime, SequenceBatch, model_sizes
+from edgelm.runtimes.base import SequenceBatch, model_sizes
 from edgelm.runtimes.cuda.executor import Executor, Sizes
 from edgelm.runtimes.cuda.loading import LoadedProgram, open_emulator, open_gpu
 from edgelm.runtimes.cuda.sampling import SampledDecoding
+from edgelm.runtimes.savable import SavableRuntime
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class CudaTracing(TracingModel):
         self._loaded.close()
 
 
-class CudaRuntime(Runtime):
+class CudaRuntime(SavableRuntime):
     """A bundle's program on a GPU.
 
     Args:
@@ -210,6 +211,21 @@ class CudaRuntime(Runtime):
         """Measure the bytes per second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
+
+    def saved_bytes(self, length: int) -> int:
+        """Return the number of bytes of the cache of `length` tokens."""
+        return sum(nbytes for _, nbytes in self._executor.cache_parts(length))
+
+    def _saved(self, length: int) -> Iterator[NDArray[np.uint8]]:
+        for address, nbytes in self._executor.cache_parts(length):
+            part = np.empty(nbytes, np.uint8)
+            self._loaded.device.download(address, part)
+            yield part
+
+    def _load(self, length: int, read: Callable[[int], NDArray[np.uint8]]) -> None:
+        for address, nbytes in self._executor.cache_parts(length):
+            self._loaded.device.upload(address, read(nbytes))
+        self._loaded.device.wait()
 
     def _append(self, token: int, *, greedy: bool = False) -> None:
         ids = self._checked([token])

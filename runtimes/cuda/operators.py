@@ -84,6 +84,12 @@ class Operators:
         size."""
         return batch * node.integer("kv_num_heads") * self._capacity * self._row_bytes(node)
 
+    def token_bytes(self, node: Node) -> tuple[int, int]:
+        """Return the bytes of the codes of one head and token in an attention node's cache, and of their scale. In
+        memory, the scales of a head are behind all of its codes."""
+        scale = 4 if self._kv in ("int8", "fp8") else 0
+        return self._row_bytes(node) - scale, scale
+
     def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
         """Return the bytes of workspace and of counters for steps of up to `tokens` tokens of up to `batch`
         sequences. Raises as `launches`."""

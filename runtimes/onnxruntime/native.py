@@ -15,6 +15,7 @@ from edgelm.bundle.kv_cache import require_type, row_bytes
 from edgelm.devices import return_free_memory
 from edgelm.errors import RuntimeUnavailableError
 from edgelm.runtimes.base import DEFAULT_CHUNK, SequenceBatch, model_sizes
+from edgelm.runtimes.onnxruntime.cache_rows import CacheRows
 from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime.session import (
     BoundGraph,
@@ -163,6 +164,7 @@ class NativeRuntime(OnnxRuntimeModel):
         self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
         self._bundle = bundle
         super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
+        self._cache_rows = CacheRows(self.kv, bundle.manifest.model.head_dim, self.context_length)
         self._lengths = np.zeros(1, np.int64)
         self._graph.bind_input(_LENGTHS, self._lengths, (1,))
 
@@ -183,3 +185,9 @@ class NativeRuntime(OnnxRuntimeModel):
     def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
         del graph, tokens
         self._lengths[0] = self._position
+
+    def _rows(self, cache: NDArray[Any], length: int, *, keys: bool) -> NDArray[np.uint8]:
+        return self._cache_rows.pack(cache, length, keys=keys)
+
+    def _set_rows(self, cache: NDArray[Any], rows: NDArray[np.uint8], *, keys: bool) -> None:
+        self._cache_rows.unpack(cache, rows, keys=keys)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +107,7 @@ class PortableRuntime(OnnxRuntimeModel):
         kv: str | None = None,
     ) -> None:
         require_stored_kv(bundle, kv, ", or export with --ops native")
+        self.kv = bundle.manifest.graph.kv_dtype
         super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
         self._mask = untouched((self.context_length,), np.int64)
 
@@ -120,3 +121,15 @@ class PortableRuntime(OnnxRuntimeModel):
         end = self._position + tokens
         self._mask[self._position : end] = 1
         graph.bind_input("attention_mask", self._mask, (1, end))
+
+    def _rows(self, cache: NDArray[Any], length: int, *, keys: bool) -> NDArray[np.uint8]:
+        del keys
+        return np.ascontiguousarray(cache[:, :length]).view(np.uint8)
+
+    def _set_rows(self, cache: NDArray[Any], rows: NDArray[np.uint8], *, keys: bool) -> None:
+        del keys
+        cache[:, : rows.shape[1]] = rows.view(cache.dtype)
+
+    def _load(self, length: int, read: Callable[[int], NDArray[np.uint8]]) -> None:
+        super()._load(length, read)
+        self._mask[:length] = 1

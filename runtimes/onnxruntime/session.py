@@ -11,7 +11,7 @@ import mmap
 import os
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from edgelm.bundle import version_numbers
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
 from edgelm.installing import install_hint
-from edgelm.runtimes.base import Runtime, interruptible, model_sizes
+from edgelm.runtimes.base import interruptible, model_sizes
+from edgelm.runtimes.savable import SavableRuntime
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ class BoundGraph:
             ) from error
 
 
-class OnnxRuntimeModel(Runtime):
+class OnnxRuntimeModel(SavableRuntime):
     """A bundle's graph on ONNX Runtime's CPU provider, for one sequence."""
 
     name = "onnxruntime-cpu"
@@ -355,6 +356,28 @@ class OnnxRuntimeModel(Runtime):
     def cache_bytes(self) -> int:
         """Bytes of address space of the cache; only written pages are resident."""
         return sum(cache.nbytes for cache in self._caches)
+
+    def saved_bytes(self, length: int) -> int:
+        """Return the number of bytes of the cache of `length` tokens."""
+        return self.cache_bytes // self.context_length * length
+
+    def _saved(self, length: int) -> Iterator[NDArray[np.uint8]]:
+        for index, cache in enumerate(self._caches):
+            yield self._rows(cache[0], length, keys=index % 2 == 0).reshape(-1)
+
+    def _load(self, length: int, read: Callable[[int], NDArray[np.uint8]]) -> None:
+        for index, cache in enumerate(self._caches):
+            heads, _, width = cache.shape[1:]
+            rows = read(heads * length * width * cache.itemsize).reshape(heads, length, width * cache.itemsize)
+            self._set_rows(cache[0], rows, keys=index % 2 == 0)
+
+    @abstractmethod
+    def _rows(self, cache: NDArray[Any], length: int, *, keys: bool) -> NDArray[np.uint8]:
+        """Return the first `length` rows of a layer's keys or values [H, capacity, width], as bytes, in order."""
+
+    @abstractmethod
+    def _set_rows(self, cache: NDArray[Any], rows: NDArray[np.uint8], *, keys: bool) -> None:
+        """Write what `_rows` returned, bytes [H, length, bytes of a row]."""
 
     def decode(self, token: int) -> NDArray[np.float32]:
         """Append one token."""

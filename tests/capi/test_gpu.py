@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from harness import Error, Model
 
+import edgelm
 from edgelm.bundle import Bundle
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.tensorrt.options import EngineOptions
@@ -163,6 +164,34 @@ def test_a_session_goes_on_with_the_same_bits(bundles: Bundles, tmp_path: Path) 
     with Model(path, kv="fp8", context_length=64) as other, pytest.raises(Error, match="fp8") as found:
         other.load_session(session)
     assert found.value.code in ("FILE", "INVALID_ARGUMENT")
+
+
+@pytest.mark.parametrize(("family", "name", "kv"), CASES)
+def test_python_and_c_read_each_others_sessions(
+    bundles: Bundles, tmp_path: Path, family: str, name: str, kv: str
+) -> None:
+    path = bundles(family, name)
+    of_c, of_python = tmp_path / "c", tmp_path / "python"
+    options = {"runtime": RUNTIME, "kv": kv}
+    with (
+        Model(path, context_length=128, **options) as ours,
+        edgelm.load(path, context_length=128, **options) as python,
+        Model(path, context_length=64, **options) as our_restart,
+        edgelm.load(path, context_length=64, **options) as restart,
+    ):
+        tokens = python.generate(IDS, max_tokens=4).tokens
+        assert ours.generate(IDS, max_tokens=4).tokens == tokens
+        ours.save_session(of_c)
+        python.save_session(of_python)
+        size = python.runtime.saved_bytes(len(IDS) + len(tokens) - 1)  # type: ignore[attr-defined]
+        assert of_c.read_bytes()[-4 - size : -4] == of_python.read_bytes()[-4 - size : -4]
+        our_restart.load_session(of_python)
+        assert restart.load_session(of_c) == our_restart.cached_tokens == len(IDS) + len(tokens) - 1
+        longer = [*IDS, 8, 44]
+        want = python.generate(longer, max_tokens=6)
+        found, our_found = restart.generate(longer, max_tokens=6), our_restart.generate(longer, max_tokens=6)
+        assert found.tokens == our_found.tokens == want.tokens
+        assert found.timings.reused_tokens == our_found.reused == want.timings.reused_tokens == len(IDS)
 
 
 def test_the_debug_program_passes_parity(bundles: Bundles) -> None:

@@ -18,6 +18,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
 from edgelm.generation.language_model import LanguageModel, load
 from edgelm.generation.sampling import Sampler, Sampling
+from edgelm.runtimes import open_runtime
 from edgelm.tokenization.tokenizer import Tokenizer
 
 PROMPT = "def main():\n    return"
@@ -114,6 +115,31 @@ def test_with_a_seed_a_longer_prompt_is_recomputed_unless_reuse_is_set(
     tokens = list(range(5, 15))
     model.generate(tokens, max_tokens=1, **options)
     assert model.generate([*tokens[:9], 40, 41], max_tokens=1, **options).timings.reused_tokens == reused
+
+
+def test_with_a_seed_only_whole_steps_of_a_fresh_model_are_reused(bundle: Bundle) -> None:
+    def in_steps_of_four() -> LanguageModel:
+        runtime = open_runtime(bundle, threads=1, chunk=4)
+        return LanguageModel(bundle, runtime, Tokenizer.from_folder(bundle.path))
+
+    tokens = list(range(5, 16))
+    with in_steps_of_four() as model:
+        for prompt, exact, reused in (
+            (tokens, True, 0),
+            ([*tokens, 30, 31], True, 8),
+            ([*tokens[:5], 40, 41, 42, 43], False, 5),  # now the tokens behind the first step are not those of a step
+            ([*tokens[:5], 40, 41, 42, 43, 44], True, 4),
+            ([*tokens[:5], 40, 41, 42, 43, 44, 45], True, 8),
+            (tokens[:4], True, 0),  # its last token has to be computed, for the logits
+        ):
+            logits, count = model.cache.prefill(prompt, exact=exact)
+            assert count == reused, prompt
+            if exact:
+                with in_steps_of_four() as fresh:
+                    np.testing.assert_array_equal(logits, fresh.cache.prefill(prompt, exact=True)[0])
+        model.cache.prefill(tokens, exact=True)
+        list(model.cache.logits_of_last([*tokens[:6], 50, 51, 52], 2))
+        assert model.cache.prefill([*tokens[:6], 50, 51, 52, 53], exact=True)[1] == 4
 
 
 def test_reused_prefixes_give_the_results_of_a_fresh_model(model: LanguageModel, bundle: Bundle) -> None:

@@ -160,7 +160,7 @@ void Model::load_session(const std::string& path) {
 
 void Model::reset() {
   const Turn turn(state_->turns);
-  state_->cache.replace({}, {});
+  state_->cache.replace({}, {}, 0);
   state_->runtime->truncate(0);
 }
 

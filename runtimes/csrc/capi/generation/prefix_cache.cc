@@ -14,27 +14,30 @@ std::pair<const float*, std::int64_t> PrefixCache::prefill(const Ids& tokens, bo
     }
     --reused;
   }
-  if (exact) reused = 0;
-  runtime_.truncate(std::int64_t(reused));
+  const auto chunk = std::size_t(runtime_.chunk);
+  // Whole chunks of a fresh computation: the rest is then computed in the chunks of a fresh model.
+  if (exact) reused = std::min(reused, fresh_) / chunk * chunk;
+  const bool fresh = reused % chunk == 0 && reused <= fresh_;
+  truncate(reused);
   // Set before the prefill: if that is interrupted, the runtime's position tells how many tokens are cached.
   cached_ = tokens;
   last_prompt_ = {};
   const float* logits = nullptr;
-  const auto chunk = std::size_t(runtime_.chunk);
   // In the runtime's own chunks, so that the results equal those of a single call.
   for (std::size_t begin = reused; begin < tokens.size(); begin += chunk) {
     check();
     const std::size_t end = std::min(tokens.size(), begin + chunk);
     logits = runtime_.prefill(Ids(tokens.begin() + std::ptrdiff_t(begin), tokens.begin() + std::ptrdiff_t(end)));
   }
-  last_prompt_ = {tokens, std::vector<float>(logits, logits + runtime_.vocab_size), reused == 0};
+  if (fresh) fresh_ = tokens.size() / chunk * chunk;
+  last_prompt_ = {tokens, std::vector<float>(logits, logits + runtime_.vocab_size), fresh};
   return {last_prompt_.logits.data(), std::int64_t(reused)};
 }
 
 void PrefixCache::logits_of_last(const Ids& tokens, std::size_t rows,
                                  const std::function<void(const float*, std::int64_t)>& block) {
   const std::size_t begin = tokens.size() - rows, reused = std::min(common(tokens), begin);
-  runtime_.truncate(std::int64_t(reused));
+  truncate(reused);
   cached_ = tokens;
   last_prompt_ = {};
   const auto at = [&](std::size_t index) { return tokens.begin() + std::ptrdiff_t(index); };
@@ -52,9 +55,16 @@ PrefixCache::Ids PrefixCache::cached() const {
   return Ids(cached_.begin(), cached_.begin() + std::ptrdiff_t(count));
 }
 
-void PrefixCache::replace(Ids cached, Prefilled last_prompt) {
+void PrefixCache::replace(Ids cached, Prefilled last_prompt, std::int64_t fresh_tokens) {
   cached_ = std::move(cached);
   last_prompt_ = std::move(last_prompt);
+  fresh_ = std::size_t(fresh_tokens);
+}
+
+void PrefixCache::truncate(std::size_t length) {
+  const auto chunk = std::size_t(runtime_.chunk);
+  runtime_.truncate(std::int64_t(length));
+  fresh_ = std::min(fresh_, length) / chunk * chunk;
 }
 
 std::size_t PrefixCache::common(const Ids& tokens) const {

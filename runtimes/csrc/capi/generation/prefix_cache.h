@@ -15,8 +15,7 @@ class PrefixCache {
  public:
   using Ids = std::vector<std::int32_t>;
 
-  // The last prompt that was prefilled, and the logits after it. `fresh`: it was computed from its first token on,
-  // without reuse of an earlier cache.
+  // The last prompt that was prefilled, and the logits after it. `fresh`: these are the bits of a fresh model.
   struct Prefilled {
     Ids tokens;
     std::vector<float> logits;
@@ -38,15 +37,19 @@ class PrefixCache {
   // Tokens of the cached positions.
   Ids cached() const;
   const Prefilled& last_prompt() const { return last_prompt_; }  // no tokens: none
+  // How many of them, in whole chunks, have the bits that a fresh model has for any prompt that begins with them.
+  std::int64_t fresh_tokens() const { return std::int64_t(fresh_); }
   // After the runtime's cache was replaced or emptied.
-  void replace(Ids cached, Prefilled last_prompt);
+  void replace(Ids cached, Prefilled last_prompt, std::int64_t fresh_tokens);
 
  private:
   std::size_t common(const Ids& tokens) const;
+  void truncate(std::size_t length);  // before the tokens behind it are replaced
 
   Runtime& runtime_;
   Ids cached_;  // entries beyond the runtime's position are not cached
   Prefilled last_prompt_;
+  std::size_t fresh_ = 0;  // see fresh_tokens; a multiple of the chunk
 };
 
 }  // namespace edgelm::capi

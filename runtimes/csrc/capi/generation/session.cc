@@ -26,7 +26,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "session files are litt
 
 struct Header {
   std::string manifest, runtime, kv;
-  std::int64_t vocab_size, tokens, prompt_tokens, cache_bytes;
+  std::int64_t vocab_size, tokens, prompt_tokens, fresh_tokens, chunk, cache_bytes;
   bool fresh;
 
   std::string dump() const {
@@ -37,6 +37,8 @@ struct Header {
                              {"tokens", tokens},
                              {"prompt_tokens", prompt_tokens},
                              {"fresh", fresh},
+                             {"fresh_tokens", fresh_tokens},
+                             {"chunk", chunk},
                              {"cache_bytes", cache_bytes}})
         .dump();
   }
@@ -53,6 +55,8 @@ Header read_header(const std::string& text, const std::string& where) {
   header.tokens = members.integer("tokens", 0, INT32_MAX);
   header.prompt_tokens = members.integer("prompt_tokens", 0, header.tokens);
   header.fresh = members.boolean("fresh");
+  header.fresh_tokens = members.integer("fresh_tokens", 0, header.tokens);
+  header.chunk = members.integer("chunk", 1, INT32_MAX);
   header.cache_bytes = members.integer("cache_bytes", 0);
   return header;
 }
@@ -166,6 +170,8 @@ void save_session(const SessionOf& session, const std::string& path) {
                       runtime.vocab_size,
                       count,
                       std::int64_t(prompt.tokens.size()),
+                      std::min(session.cache.fresh_tokens(), count),
+                      runtime.chunk,
                       std::int64_t(runtime.cache_bytes(count)),
                       prompt.fresh};
   const std::string text = header.dump();
@@ -202,7 +208,7 @@ void load_session(const SessionOf& session, const std::string& path) {
   file.rewind();
   Front front = read_front(file, session);
   // From here on the model changes. A file that another program writes in place meanwhile is noticed at its end.
-  session.cache.replace({}, {});
+  session.cache.replace({}, {}, 0);
   session.runtime.truncate(0);
   try {
     session.runtime.read_cache(front.header.tokens, [&](void* into, std::size_t size) { file.read(into, size); });
@@ -212,8 +218,13 @@ void load_session(const SessionOf& session, const std::string& path) {
     throw;
   }
   const auto end = front.tokens.begin() + std::ptrdiff_t(front.header.prompt_tokens);
-  PrefixCache::Prefilled prompt{Ids(front.tokens.begin(), end), std::move(front.logits), front.header.fresh};
-  session.cache.replace(std::move(front.tokens), std::move(prompt));
+  // A prompt that took one step does so here too; a longer one only with the same chunk.
+  const Header& header = front.header;
+  const bool same = header.chunk == session.runtime.chunk;
+  const bool one_step = header.prompt_tokens <= std::min(header.chunk, session.runtime.chunk);
+  PrefixCache::Prefilled prompt{Ids(front.tokens.begin(), end), std::move(front.logits),
+                                header.fresh && (same || one_step)};
+  session.cache.replace(std::move(front.tokens), std::move(prompt), same ? header.fresh_tokens : 0);
 }
 
 }  // namespace edgelm::capi

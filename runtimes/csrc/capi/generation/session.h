@@ -8,9 +8,7 @@
 
 namespace edgelm::capi {
 
-// A file, little-endian: magic "EDGELMKV", format version (4 bytes), size of the JSON header (4 bytes), header, token ids
-// (int32), logits after the last prompt if there is one (float32), the bytes of Runtime::write_cache, and the CRC-32 of
-// everything before. The header names what the cache belongs to: SHA-256 of the manifest, runtime, type of the cache.
+// docs/reference/session.md has the format of the files, which edgelm/generation/session_file.py reads and writes too.
 struct SessionOf {
   Runtime& runtime;
   PrefixCache& cache;

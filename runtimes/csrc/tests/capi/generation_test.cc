@@ -108,7 +108,8 @@ void test_prefix_reuse() {
   EXPECT(reused({1, 2, 3, 9, 5}, false) == 3, "common prefix");
   EXPECT(reused({1, 2, 3, 9, 5}, true) == 0, "not fresh");
   EXPECT(reused({1, 2, 3, 9, 5, 6}, false) == 5, "growing");
-  EXPECT(reused({1, 2, 3, 9, 5, 6, 7}, true) == 0, "growing, exact");
+  EXPECT(reused({1, 2, 3, 9, 5, 6, 7}, true) == 4, "growing, exact: whole chunks that were fresh");
+  EXPECT(reused({1, 2, 3, 9, 5, 6, 7}, true) == 7, "which is as good as fresh");
   EXPECT(reused({1, 2, 3}, false) == 2, "a prefix: its last token gives the logits");
   EXPECT(reused({7}, false) == 0, "other");
   cache.appending(8);
@@ -208,7 +209,7 @@ void test_sessions() {
   load_session(target, path);
 
   // An empty session is one, too.
-  restored.replace({}, {});
+  restored.replace({}, {}, 0);
   other.truncate(0);
   save_session(target, path);
   load_session(session, path);
@@ -336,9 +337,42 @@ void test_threads() {
 
 }  // namespace
 
+// A call that asks for the bits of a fresh model reuses what the session has of them.
+void test_sessions_are_fresh_in_the_same_chunks() {
+  const std::string folder = edgelm_test::MakeFolder(), path = join(folder, "session");
+  HashRuntime runtime;
+  PrefixCache cache(runtime);
+  const std::string manifest(64, 'a');
+  const auto reused = [&](std::int64_t chunk, const Ids& ids) {
+    HashRuntime other;
+    other.chunk = chunk;
+    PrefixCache restored(other);
+    load_session({other, restored, manifest, kNoCheck}, path);
+    const auto [logits, count] = restored.prefill(ids, true, kNoCheck);
+    EXPECT(row(logits) == fresh_logits(ids), "%d ids", int(ids.size()));
+    return count;
+  };
+  cache.prefill({1, 2, 3, 4, 5, 6, 7, 8, 9}, true, kNoCheck);
+  save_session({runtime, cache, manifest, kNoCheck}, path);
+  EXPECT(reused(4, {1, 2, 3, 4, 5, 6, 7, 8, 9}) == 9, "the identical prompt");
+  EXPECT(reused(4, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}) == 8, "whole chunks");
+  EXPECT(reused(4, {1, 2, 3, 4, 5, 6, 9}) == 4, "a whole chunk");
+  EXPECT(reused(2, {1, 2, 3, 4, 5, 6, 7, 8, 9}) == 0, "computed in other chunks");
+  cache.prefill({1, 2, 3}, true, kNoCheck);
+  save_session({runtime, cache, manifest, kNoCheck}, path);
+  EXPECT(reused(3, {1, 2, 3}) == 3, "one chunk for both");
+  EXPECT(reused(2, {1, 2, 3}) == 0, "two chunks");
+  // Tokens of a prefill that went on behind an earlier cache are not fresh.
+  cache.prefill({1, 2, 3, 4, 5, 6, 7, 8, 9}, false, kNoCheck);
+  save_session({runtime, cache, manifest, kNoCheck}, path);
+  EXPECT(reused(4, {1, 2, 3, 4, 5, 6, 7, 8, 9}) == 0, "not fresh");
+  edgelm_test::RemoveFolder(folder);
+}
+
 int main() {
   test_prefix_reuse();
   test_sessions();
+  test_sessions_are_fresh_in_the_same_chunks();
   test_ends();
   test_the_queue();
   test_closing();
