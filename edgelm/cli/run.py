@@ -9,6 +9,7 @@ import click
 
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, PATH, loading_options, sampling_options
+from edgelm.cli.common.prompt_cache import PromptCache, prompt_cache_option
 
 _HINT = 'the prompt is the second argument: edgelm run BUNDLE "PROMPT"'
 
@@ -27,6 +28,8 @@ _HINT = 'the prompt is the second argument: edgelm run BUNDLE "PROMPT"'
     type=PATH,
     help='Conversation to answer in place of PROMPT, as JSON: [{"role": "user", "content": "Hello"}, ...].',
 )
+@prompt_cache_option
+@option("--prompt-cache-all", is_flag=True, help="Save the generated tokens in FILE as well. Needs --prompt-cache.")
 @sampling_options(temperature=0.0)
 @loading_options
 @option("-q", "--quiet", is_flag=True, help="Do not print the line about speed.")
@@ -37,6 +40,8 @@ def run(
     as_chat: bool,
     system: str | None,
     messages: Path | None,
+    prompt_cache: Path | None,
+    prompt_cache_all: bool,
     loading: dict[str, Any],
     sampling: dict[str, Any],
     quiet: bool,
@@ -59,6 +64,11 @@ def run(
         raise click.UsageError("--messages is the whole conversation: leave PROMPT, --chat and --system out")
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat: without a chat template there is no system message")
+    if prompt_cache_all and prompt_cache is None:
+        raise click.UsageError("--prompt-cache-all needs --prompt-cache FILE")
+    kept = None
+    if prompt_cache is not None:
+        kept = PromptCache(prompt_cache, bundle, everything=prompt_cache_all, quiet=quiet)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     talk: Any = None
     if messages is not None:
@@ -72,11 +82,19 @@ def run(
     from edgelm.generation.language_model import load
 
     with load(bundle, chat=not plain, **loading) as model:
+        if kept is not None:
+            kept.load(model)
         stream = model.stream(text, **sampling) if plain else model.chat_stream(talk, **sampling)
+        computed = False
         try:
             for piece in stream:
                 if not as_json:
                     write_answer(piece)
+            computed = True
+        except KeyboardInterrupt:
+            stream.close()
+            computed = True  # the prompt at least, or nothing
+            raise
         finally:
             generation = stream.generation
             if as_json:
@@ -85,3 +103,7 @@ def run(
                 click.echo()
             if not quiet:
                 click.echo(timings_line(generation), err=True)
+            if kept is not None and computed:
+                if "seed" in sampling:
+                    kept.explain_seed(model, generation.timings.reused_tokens)
+                kept.save(model)

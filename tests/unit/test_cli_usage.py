@@ -18,7 +18,7 @@ from edgelm.cli.main import ALIASES, VERBS, cli
 # Options whose value is free text: only a file, a model or the hub shows what is wrong with it.
 FREE = {
     *("calibration", "checkpoint", "checkpoints", "messages", "out", "parity_prompts", "reference", "report_path"),
-    *("base", "dist", "names", "stop", "system", "text", "wheels"),
+    *("base", "dist", "names", "prompt_cache", "stop", "system", "text", "wheels"),
 }
 # Options with a check of their own, tested by the table below.
 OWN = {"schemes"}

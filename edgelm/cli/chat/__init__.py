@@ -11,6 +11,7 @@ import click
 
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, loading_options, sampling_options
+from edgelm.cli.common.prompt_cache import PromptCache, prompt_cache_option
 
 
 @verb(example="edgelm chat olmoe")
@@ -22,6 +23,7 @@ from edgelm.cli.common.options import BUNDLE, loading_options, sampling_options
     help="Refuse a message that does not fit into the context; do not drop the oldest turns.",
 )
 @option("--no-history", is_flag=True, help="Do not save what is typed for the arrow keys of later sessions.")
+@prompt_cache_option
 @sampling_options(temperature=0.7)
 @loading_options
 @option("-q", "--quiet", is_flag=True, help="Do not print lines about speed.")
@@ -30,6 +32,7 @@ def chat(
     system: str | None,
     no_trim: bool,
     no_history: bool,
+    prompt_cache: Path | None,
     loading: dict[str, Any],
     sampling: dict[str, Any],
     quiet: bool,
@@ -47,8 +50,12 @@ def chat(
     from edgelm.cli.chat.session import WELCOME, Screen, Session
     from edgelm.generation.language_model import load
 
-    screen = Screen()
+    screen, kept = Screen(), None
+    if prompt_cache is not None:
+        kept = PromptCache(prompt_cache, bundle, everything=True, quiet=quiet)
     with load(bundle, **loading) as model:
+        if kept is not None:
+            kept.load(model)
         session = Session(model, screen, sampling, system=system, trim=not no_trim, quiet=quiet)
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if terminal:
@@ -58,5 +65,7 @@ def chat(
         else:
             read = piped_entries(BytesIO() if sys.stdin is None else sys.stdin.buffer)
         session.run(read, terminal=terminal)
+        if kept is not None:
+            kept.save(model)
         if session.failed and not terminal:
             click.get_current_context().exit(1)
