@@ -128,12 +128,15 @@ class SequenceBatch(LoadedModel):
     """
 
     kind = "batch"
+    moves: ClassVar[bool] = False
+    """Whether `move` and `use` work here."""
 
     def __init__(self, batch: int, *, threads: int | None, chunk: int, **sizes: int) -> None:
         if batch < 1:
             raise EdgeLMError(f"batch is {batch}: give 1 or more")
         super().__init__(threads=threads, chunk=chunk, **sizes)
         self.batch = batch
+        self._in_use = batch
         self._lengths = np.zeros(batch, np.int64)
 
     @property
@@ -160,14 +163,48 @@ class SequenceBatch(LoadedModel):
     def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to every sequence, in one pass over the weights; return the logits [batch, vocab_size].
 
+        After `use(count)`: to the first `count` sequences, and [count, vocab_size].
+
         Raises:
             ContextLengthError: a sequence is full; nothing was appended.
-            GenerationError: the number of tokens is not `batch`, or an id is outside the vocabulary; nothing was
-            appended.
+            GenerationError: the number of tokens is not that of the sequences, or an id is outside the vocabulary;
+            nothing was appended.
         """
         logits = self._decode(self._one_each(tokens))
-        self._lengths += 1
+        self._lengths[: self._in_use] += 1
         return logits
+
+    def use(self, count: int) -> None:
+        """Decode only the first `count` sequences from now on: that many tokens and logits. The others stay cached.
+
+        Raises:
+            GenerationError: there are not that many sequences, or the runtime decodes all of them (`moves`).
+        """
+        self._require_open()
+        if not 1 <= count <= self.batch:
+            raise GenerationError(f"cannot use {count} sequences: give 1 to {self.batch}")
+        if count != self.batch and not self.moves:
+            raise GenerationError(f"{self.name} decodes all {self.batch} sequences")
+        self._in_use = count
+
+    def move(self, source: int, target: int) -> None:
+        """Move the cached tokens of sequence `source` to sequence `target`, whose own are dropped.
+
+        Raises:
+            GenerationError: no sequence has this number, or the runtime cannot move them (`moves`).
+        """
+        self._require_row(source)
+        self._require_row(target)
+        if not self.moves:
+            raise GenerationError(f"{self.name} cannot move a sequence")
+        if source != target:
+            length = int(self._lengths[source])
+            self._move(source, target, length)
+            self._lengths[target], self._lengths[source] = length, 0
+
+    def _move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` cached tokens. Only where `moves` is set."""
+        raise AssertionError(f"{type(self).__name__} sets moves and has no _move")
 
     def decode_sampled(
         self, tokens: Sequence[int] | NDArray[np.int64], samplers: Sequence[Sampler | None]
@@ -175,7 +212,8 @@ class SequenceBatch(LoadedModel):
         """Append one token to every sequence, in one pass over the weights; return the next tokens [batch].
 
         Each is what `Sampler.sample` chooses by the logits. A GPU runtime copies what is needed for that, not the
-        logits. Without a sampler a sequence's next token is 0. Raises as `decode_batch` and `Sampler.sample` do.
+        logits. Without a sampler a sequence's next token is 0. After `use(count)`: of the first `count` sequences.
+        Raises as `decode_batch` and `Sampler.sample` do.
         """
         logits = self.decode_batch(tokens)
         return [0 if one is None else one.sample(row) for one, row in zip(samplers, logits, strict=True)]
@@ -199,15 +237,18 @@ class SequenceBatch(LoadedModel):
 
     @abstractmethod
     def _decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run ids [batch], one per sequence; return logits [batch, vocab_size]. The caller updates the lengths."""
+        """Run ids [n], one for each of the first n sequences; return logits [n, vocab_size].
+
+        The caller updates the lengths.
+        """
 
     def _one_each(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return `tokens` as int64 [batch], checked as `decode_batch` documents."""
+        """Return `tokens` as int64 [n], checked as `decode_batch` documents."""
         self._require_open()
         ids = checked_tokens(tokens, self.vocab_size)
-        if ids.size != self.batch:
-            raise GenerationError(f"{ids.size} tokens for {self.batch} sequences: give one to each")
-        self._require_room(1, int(self._lengths.max()))
+        if ids.size != self._in_use:
+            raise GenerationError(f"{ids.size} tokens for {self._in_use} sequences: give one to each")
+        self._require_room(1, int(self._lengths[: self._in_use].max()))
         return ids
 
     def _require_row(self, row: int) -> None:

@@ -82,18 +82,39 @@ def decode_together(
         if not any(rows):
             return [result for result in results if result is not None]
         turn.check()
-        for place, row in enumerate(rows):
-            if row is None:
-                batch.truncate(place, 0)  # an unused row gets a token as well: keep its cache from growing
-        fed = [0 if row is None else row.token for row in rows]
-        tokens = batch.decode_sampled(fed, [None if row is None else row.answer.sampler for row in rows])
+        decoded = rows[: _close_gaps(batch, rows)]
+        fed = [0 if row is None else row.token for row in decoded]
+        tokens = batch.decode_sampled(fed, [None if row is None else row.answer.sampler for row in decoded])
         lengths = batch.lengths
-        for place, row in enumerate(rows):
+        for place, row in enumerate(decoded):
             if row is not None:
                 row.token = tokens[place]
                 row.decoded += 1
                 row.answer.take(row.token, full=bool(lengths[place] >= context_length))
                 rows[place] = unfinished(row)
+
+
+def _close_gaps(batch: SequenceBatch, rows: list[_Row | None]) -> int:
+    """Make the running sequences the first ones, where the runtime can move them; return how many rows to decode.
+
+    A row without a sequence is not free: in a mixture of experts its token reads experts that nobody needs.
+    """
+    count = len(rows)
+    if batch.moves:
+        running = [place for place, row in enumerate(rows) if row is not None]
+        # Two at least: a step of one row rounds the logits of a split head otherwise, and a sequence's tokens would
+        # depend on when the others end.
+        count = max(2, len(running))
+        for place in range(len(running)):
+            if rows[place] is None:
+                last = running.pop()
+                batch.move(last, place)
+                rows[place], rows[last] = rows[last], None
+        batch.use(count)
+    for place in range(count):
+        if rows[place] is None:
+            batch.truncate(place, 0)  # it gets a token as well: keep its cache from growing
+    return count
 
 
 def _begin(

@@ -15,7 +15,7 @@ from edgelm.bundle.kv_cache import require_type, row_bytes
 from edgelm.devices import return_free_memory
 from edgelm.errors import RuntimeUnavailableError
 from edgelm.runtimes.base import DEFAULT_CHUNK, SequenceBatch, model_sizes
-from edgelm.runtimes.onnxruntime.cache_rows import CacheRows
+from edgelm.runtimes.onnxruntime.cache_rows import TILE, CacheRows
 from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime.session import (
     BoundGraph,
@@ -73,6 +73,7 @@ class NativeBatch(SequenceBatch):
     """
 
     name = "onnxruntime-cpu"
+    moves = True
 
     def __init__(
         self,
@@ -106,7 +107,12 @@ class NativeBatch(SequenceBatch):
         return logits
 
     def _decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._step(slice(0, self.batch), ids[:, None])
+        return self._step(slice(0, ids.size), ids[:, None])
+
+    def _move(self, source: int, target: int, length: int) -> None:
+        end = -(-length // TILE) * TILE  # the bytes of the last tile's tokens lie anywhere in it
+        for cache in self._caches:
+            cache[target, :, :end] = cache[source, :, :end]
 
     def _step(self, rows: slice, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run ids [rows, T] on the sequences `rows`; return logits [rows, V]."""

@@ -205,6 +205,10 @@ def test_are_sampled_tokens_of_a_batch_those_of_its_logits(bundles: Bundles, cop
             tokens = found
         with pytest.raises(GenerationError, match="5 tokens for 6 sequences"):
             batch.decode_sampled(tokens[:5], [*here, None])
+        with pytest.raises(GenerationError, match="cuda-emulated decodes all 6 sequences"):
+            batch.use(5)
+        with pytest.raises(GenerationError, match="cuda-emulated cannot move a sequence"):
+            batch.move(1, 0)
 
 
 def test_does_a_bundle_without_the_kernels_of_sampling_copy_its_logits(

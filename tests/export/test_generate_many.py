@@ -125,14 +125,18 @@ def test_the_context_ends_a_sequence_and_not_its_neighbours(bundles: dict[str, B
 
 
 class Watched(NativeBatch):
-    """Counts its steps."""
+    """Notes how many sequences each step decodes."""
 
-    made: list[Watched]
-    steps = 0
-    widths: list[int]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.widths: list[int] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self.widths)
 
     def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        self.steps += 1
+        self.widths.append(len(tokens))
         return super().decode_batch(tokens)
 
 
@@ -166,6 +170,21 @@ def test_finished_sequences_are_replaced_and_memory_is_what_is_needed(
     assert batching.runtime.position == kept
     batching.generate_many([[5] * 10] * 3, max_tokens=None)
     assert (watched[1].batch, watched[1].context_length) == (3, batching.runtime.context_length)
+
+
+@native
+def test_a_row_is_not_computed_after_its_sequence_ended(batching: edgelm.LanguageModel, watched: list[Watched]) -> None:
+    lengths = [3, 9, 5, 9]
+    each: list[GenerateOptions] = [{"max_tokens": length} for length in lengths]
+    common: GenerateOptions = {"temperature": 1.2, "seed": 4}
+    found = batching.generate_many(PROMPTS[:4], batch=4, each=each, **common)
+    assert tokens(found) == tokens([
+        batching.generate(prompt, **{**common, **own}) for prompt, own in zip(PROMPTS, each, strict=False)
+    ])  # fmt: skip
+    assert [len(one.tokens) for one in found] == lengths
+    assert watched[0].widths == [4, 4, 3, 3, 2, 2, 2, 2]
+    batching.generate_many(PROMPTS[:2], batch=2, each=[{"max_tokens": 2}, {"max_tokens": 4}])
+    assert watched[1].widths == [2, 2, 2]  # never one alone: its logits may be rounded otherwise
 
 
 @native

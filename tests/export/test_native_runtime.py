@@ -199,6 +199,35 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
         assert batch.lengths.tolist() == [12, 4, 36, 8]
 
 
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+def test_a_sequence_moves_to_another_row_and_keeps_its_bits(bundles: dict[tuple[str, str], Bundle], kv: str) -> None:
+    prompts, options = [IDS[:9], IDS[9:30], IDS[20:53]], {"threads": 2, "context_length": 80, "kv": kv}
+    with open_batch(bundles["olmoe", "int4"], 3, **options) as batch:
+        for row, prompt in enumerate(prompts):
+            batch.prefill(row, prompt)
+        expected = [batch.decode_batch([5, 6, 7]).copy(), batch.decode_batch([8, 9, 10]).copy()]
+    with open_batch(bundles["olmoe", "int4"], 3, **options) as batch:
+        for row, prompt in enumerate(prompts):
+            batch.prefill(row, prompt)
+        np.testing.assert_array_equal(batch.decode_batch([5, 6, 7]), expected[0])
+        batch.move(2, 0)
+        assert batch.lengths.tolist() == [34, 22, 0]
+        batch.use(2)
+        np.testing.assert_array_equal(batch.decode_batch([10, 9]), expected[1][[2, 1]])
+        assert batch.lengths.tolist() == [35, 23, 0]
+        batch.move(1, 1)
+        for use, message in (
+            (lambda: batch.decode_batch([1, 2, 3]), "3 tokens for 2 sequences"),
+            (lambda: batch.use(0), "cannot use 0 sequences: give 1 to 3"),
+            (lambda: batch.use(4), "cannot use 4 sequences"),
+            (lambda: batch.move(3, 0), "sequence 3 does not exist"),
+            (lambda: batch.move(0, -1), "sequence -1 does not exist"),
+        ):
+            with pytest.raises(GenerationError, match=message):
+                use()
+        assert batch.lengths.tolist() == [35, 23, 0]
+
+
 def test_a_batch_refuses_what_does_not_fit(bundles: dict[tuple[str, str], Bundle], portable: Bundle) -> None:
     bundle = bundles["fox", "int4"]
     with open_batch(bundle, 2, threads=1, context_length=10) as batch:
