@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the C++ tests for 64-bit Arm: cross-compiled, under qemu-user. Compares the kernels' results with those of this
-# machine's build (build/csrc). Then packs and checks the wheel and the C archive, for the tests of tests/arm. If a tool is missing, prints that and exits; with CI=true this is a failure.
+# machine's build (build/csrc). Then packs and checks the wheel and the C archive, for the tests of tests/arm. If a tool
+# is missing, prints that and exits; with CI=true this is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 python=${PYTHON:-.venv/bin/python}
