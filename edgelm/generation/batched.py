@@ -97,7 +97,7 @@ def decode_together(
 def _close_gaps(batch: SequenceBatch, rows: list[_Row | None]) -> int:
     """Make the running sequences the first ones, where the runtime can move them; return how many rows to decode.
 
-    A row without a sequence is not free: in a mixture of experts its token reads experts that nobody needs.
+    A row without a sequence is not free: in a MoE its token reads experts that nobody needs.
     """
     count = len(rows)
     if batch.moves:
