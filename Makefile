@@ -8,8 +8,8 @@
 #             ONLY=files tries one area, or the files whose path has the word
 # make coverage  which lines of Python the tests run, by package, and the files with most lines left; takes an hour
 # make python310  what runs on a device with Python 3.10 (JetPack 6), on a real one: PYTHON310=python3.10
-# make test-windows  everything compiled for Windows by zig and run under wine; skipped where they are missing. Takes ten
-#             minutes, and is no part of `make test`
+# make test-windows  everything compiled for Windows by zig and run under wine; skipped where they are missing. Takes 7
+#             minutes after `make wheels`, more without it, and is no part of `make test`
 # make wheels wheels and C archives for every platform, in dist/, cross-compiled and checked; PLATFORMS=linux-aarch64 makes
 #             those of one. make wheels-reproducible builds twice, in two folders, and compares the bytes
 # make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed

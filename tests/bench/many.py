@@ -3,8 +3,8 @@
     python tests/bench/many.py BUNDLE... [--batch 8] [--rounds 4]
 
 Answers of 1 to `batch` times 16 tokens to prompts of 64. Both ways run in turn, after one round that warms up; their
-tokens have to be equal. Prints the median of each and its range. Share of the machine's limit: that of `edgelm bench`
-with as many sequences.
+tokens have to be equal. Prints the median of each and its range. It compares two ways of ours, so it prints no share
+of the machine's limit: `edgelm bench --batch` does.
 """
 
 from __future__ import annotations
