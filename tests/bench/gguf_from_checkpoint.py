@@ -1,6 +1,7 @@
 """Convert a checkpoint to GGUF for llama.cpp: write a float GGUF, quantise it with llama.cpp, and read it back.
 
-The tokenizer is omitted ("none"), since the benchmarks use token ids. Runs in the environment of llama.cpp.
+The tokenizer is omitted ("none"), since the benchmarks use token ids. Only llama.cpp's server needs one: it gets a
+vocabulary of made-up words, one for each token. Runs in the environment of llama.cpp.
 """
 
 from __future__ import annotations
@@ -37,7 +38,23 @@ _LAYER_NAMES = {
 }
 
 
-def _parameters(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+def _words(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """Add a SentencePiece vocabulary in which token N is the word " wN"; the bytes follow as its first words."""
+    size, end = config["vocab_size"], config["eos_token_id"]
+    # llama.cpp looks for the bytes' names, for example to find the line break.
+    words = [f"<0x{i - 3:02X}>" if 3 <= i < 259 else f"\u2581w{i}" for i in range(size)]
+    kinds = [gguf.TokenType.NORMAL] * size
+    for token in end if isinstance(end, list) else [end]:
+        kinds[token] = gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types(kinds)
+    writer.add_eos_token_id(end[0] if isinstance(end, list) else end)
+    writer.add_add_bos_token(False)
+
+
+def _parameters(writer: gguf.GGUFWriter, config: dict[str, Any], words: bool) -> None:
     heads = config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -49,7 +66,10 @@ def _parameters(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if words:
+        _words(writer, config)
+    else:
+        writer.add_tokenizer_model("none")
     if "num_experts" in config:
         writer.add_expert_count(config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -92,11 +112,14 @@ def _values(checkpoint: Checkpoint, name: str, names: list[str], as_float: bool)
     return _interleaved(values, heads) if heads else values
 
 
-def write_float(folder: Path, out: Path, kind: str) -> None:
-    """Write `out` with the weights in "F32" or "BF16"; the latter needs a checkpoint of that type."""
+def write_float(folder: Path, out: Path, kind: str, *, words: bool = False) -> None:
+    """Write `out` with the weights in "F32" or "BF16"; the latter needs a checkpoint of that type.
+
+    With `words` the file has a vocabulary of made-up words.
+    """
     with Checkpoint.open(folder) as checkpoint:
         writer = gguf.GGUFWriter(str(out), "olmoe" if "num_experts" in checkpoint.config else "llama")
-        _parameters(writer, checkpoint.config)
+        _parameters(writer, checkpoint.config, words)
         # llama.cpp expects norms and routers in float32.
         kinds = {
             name: "F32" if len(shape) == 1 or "gate_inp" in name else kind for name, shape, _ in _tensors(checkpoint)
@@ -135,10 +158,13 @@ def quantize(whole: Path, out: Path, file_type: str, importance: Mapping[str, np
         raise RuntimeError(f"llama.cpp could not quantise {whole} (code {code})")
 
 
-def write_gguf(folder: Path, out: Path, file_type: str) -> None:
-    """Write `out`, quantised to "Q4_0" or "Q8_0" with llama.cpp's own choice of types (for Q4_0 the head is Q6_K)."""
+def write_gguf(folder: Path, out: Path, file_type: str, *, words: bool = False) -> None:
+    """Write `out`, quantised to "Q4_0" or "Q8_0" with llama.cpp's own choice of types (for Q4_0 the head is Q6_K).
+
+    With `words` the file has a vocabulary of made-up words, which llama.cpp's server needs.
+    """
     whole = out.with_suffix(".bf16.gguf")
-    write_float(folder, whole, "BF16")
+    write_float(folder, whole, "BF16", words=words)
     quantize(whole, out, file_type)
     whole.unlink()
 

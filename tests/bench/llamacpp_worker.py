@@ -22,12 +22,15 @@ class LlamaCpp(Engine):
 
         return {"version": llama_cpp.__version__}
 
-    def prepare(self, checkpoint: str, out: str, file_type: str) -> dict[str, Any]:
-        """Make the GGUF if it does not exist; return the bytes of it that are read per decoded token."""
+    def prepare(self, checkpoint: str, out: str, file_type: str, words: bool = False) -> dict[str, Any]:
+        """Make the GGUF if it does not exist; return the bytes of it that are read per decoded token.
+
+        With `words` the file has a vocabulary of made-up words, which llama.cpp's server needs.
+        """
         from gguf_from_checkpoint import bytes_per_token, write_gguf
 
         if not Path(out).exists():
-            write_gguf(Path(checkpoint), Path(out), file_type)
+            write_gguf(Path(checkpoint), Path(out), file_type, words=words)
         return {"bytes": bytes_per_token(Path(out))}
 
     def load(self, *, path: str, threads: int, context: int, flash: bool, cache: str) -> dict[str, Any]:
