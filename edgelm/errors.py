@@ -67,6 +67,14 @@ class GenerationValueError(GenerationError, ArgumentValueError):
     """An option of generation is out of range, or has no effect together with the others."""
 
 
+class QueueFullError(EdgeLMError):
+    """Too many requests wait already, of all clients or of this one."""
+
+
+class TimeLimitError(EdgeLMError):
+    """A request took longer than it may."""
+
+
 class SessionError(EdgeLMError):
     """A session cannot be saved, or a session file is damaged or belongs to something else."""
 

@@ -130,6 +130,11 @@ class SequenceBatch(LoadedModel):
     kind = "batch"
     moves: ClassVar[bool] = False
     """Whether `move` and `use` work here."""
+    least_step: ClassVar[int | None] = None
+    """Tokens from which on a prefill step gives the same bits however a prompt is cut into such steps. None: the bits
+    depend on the cuts."""
+    block_tokens: ClassVar[int | None] = None
+    """`read_cache` and `write_cache` take multiples of as many tokens. None: they do not work here."""
 
     def __init__(self, batch: int, *, threads: int | None, chunk: int, **sizes: int) -> None:
         if batch < 1:
@@ -205,6 +210,60 @@ class SequenceBatch(LoadedModel):
     def _move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` cached tokens. Only where `moves` is set."""
         raise AssertionError(f"{type(self).__name__} sets moves and has no _move")
+
+    def read_cache(self, row: int, begin: int, end: int) -> NDArray[np.uint8]:
+        """Return a copy of the cache of the tokens `begin` to `end` of a sequence, as bytes for `write_cache`.
+
+        The bytes depend on the model, the type of the cache and the tokens before, not on the context length.
+
+        Args:
+            row: the sequence.
+            begin: the first token, a multiple of `block_tokens`.
+            end: the token after the last, another multiple.
+
+        Raises:
+            GenerationError: not all of them are cached, they are no multiples, or the runtime cannot (`block_tokens`).
+        """
+        self._require_row(row)
+        self._require_blocks(begin, end)
+        if end > self._lengths[row]:
+            raise GenerationError(f"cannot read {end} cached tokens: sequence {row} has {self._lengths[row]}")
+        return self._read_cache(row, begin, end)
+
+    def write_cache(self, row: int, begin: int, end: int, data: NDArray[np.uint8]) -> None:
+        """Replace the cache of a sequence from token `begin` on by what `read_cache` returned; `end` are cached then.
+
+        Raises:
+            ContextLengthError: there is no room.
+            GenerationError: as `read_cache`, where fewer than `begin` are cached; or the number of bytes is another.
+        """
+        self._require_row(row)
+        self._require_blocks(begin, end)
+        _require_cached(begin, int(self._lengths[row]))
+        self._require_room(end - begin, begin)
+        wanted = self.copied_bytes(end - begin)
+        if data.nbytes != wanted:
+            raise GenerationError(f"{data.nbytes} bytes are not the cache of {end - begin} tokens, which has {wanted}")
+        self._write_cache(row, begin, end, data)
+        self._lengths[row] = end
+
+    def copied_bytes(self, tokens: int) -> int:
+        """Return the number of bytes of the cache of `tokens` tokens. Only where `block_tokens` is set."""
+        raise AssertionError(f"{type(self).__name__} sets block_tokens and has no copied_bytes")
+
+    def _read_cache(self, row: int, begin: int, end: int) -> NDArray[np.uint8]:
+        raise AssertionError(f"{type(self).__name__} sets block_tokens and has no _read_cache")
+
+    def _write_cache(self, row: int, begin: int, end: int, data: NDArray[np.uint8]) -> None:
+        raise AssertionError(f"{type(self).__name__} sets block_tokens and has no _write_cache")
+
+    def _require_blocks(self, begin: int, end: int) -> None:
+        if self.block_tokens is None:
+            raise GenerationError(f"{self.name} cannot copy the cache of a sequence")
+        if begin % self.block_tokens or end % self.block_tokens or not 0 <= begin <= end:
+            raise GenerationError(
+                f"cannot copy the cache of tokens {begin} to {end}: give multiples of {self.block_tokens}"
+            )
 
     def decode_sampled(
         self, tokens: Sequence[int] | NDArray[np.int64], samplers: Sequence[Sampler | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +18,14 @@ from edgelm.errors import (
     GenerationValueError,
     TokenizerError,
 )
-from edgelm.generation.batched import decode_together, positions
 from edgelm.generation.options import GenerateOptions, Options
 from edgelm.generation.prefix_cache import PrefixCache
 from edgelm.generation.sampling import is_integer
+from edgelm.generation.scheduler import ScheduledSequence, Scheduler, positions
 from edgelm.generation.session_file import load_session, save_session
 from edgelm.generation.stream import Continuation, Generation, TextStream
 from edgelm.generation.turns import Turn, Turns
-from edgelm.runtimes import Runtime, open_runtime
+from edgelm.runtimes import Runtime, SequenceBatch, open_runtime
 from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class LanguageModel:
 
         Sequences that decode together share each read of the weights. Each result equals that of `generate` with a
         seed: on the CPU logits are the same to the last bit. One exception: for int4 bundles with a head in split
-        nibbles, all logits are exact here, but `generate` rescores only the top ones. The best token is the same; a
+        nibbles, all logits are exact here, but in `generate` only the largest are. The best token is the same; a
         sampled one may differ. Runtimes without batches (portable operators, TensorRT) run the prompts one by one.
 
         Memory: `batch` KV caches, each for the longest prompt and its max_tokens, at most the context length. They are
@@ -150,11 +151,37 @@ class LanguageModel:
                 opened = runtime.open_batch(rows, positions(answers, runtime.context_length))
                 if opened is not None:
                     with opened:
-                        return decode_together(
-                            opened, answers, turn,
-                            context_length=runtime.context_length, chunk=runtime.chunk, started=started,
-                        )  # fmt: skip
+                        return self._together(opened, answers, turn, started)
         return [TextStream(self.cache, answer, Turn(self._turns), started=started).drain() for answer in answers]
+
+    def _together(
+        self, batch: SequenceBatch, answers: list[Continuation], turn: Turn, started: float
+    ) -> list[Generation]:
+        """Generate every continuation on the rows of `batch`; return the results in the order of `answers`."""
+        waiting = deque(ScheduledSequence(answer, started=started) for answer in answers)
+        results: dict[ScheduledSequence, Generation | None] = dict.fromkeys(waiting)
+
+        def done(sequence: ScheduledSequence) -> None:
+            if sequence.error is not None:
+                raise sequence.error
+            results[sequence] = sequence.generation
+
+        scheduler = Scheduler(
+            batch, lambda: waiting.popleft() if waiting else None, done,
+            chunk=self.runtime.chunk, context_length=self.runtime.context_length,
+        )  # fmt: skip
+        turn.check()
+        while scheduler.step():
+            turn.check()
+        return [result for result in results.values() if result is not None]
+
+    def continuation(self, tokens: Sequence[int], options: Options) -> Continuation:
+        """Return a continuation of a prompt that has not begun, for a `Scheduler`.
+
+        Raises:
+            GenerationTypeError, GenerationError, ContextLengthError, EdgeLMError: as `generate`, by the prompt.
+        """
+        return self._continuation(self._tokens(tokens), options)
 
     def _answers(
         self,

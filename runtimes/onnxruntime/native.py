@@ -16,7 +16,7 @@ from edgelm.devices import return_free_memory
 from edgelm.errors import RuntimeUnavailableError
 from edgelm.runtimes.base import DEFAULT_CHUNK, SequenceBatch, model_sizes
 from edgelm.runtimes.onnxruntime.cache_rows import TILE, CacheRows
-from edgelm.runtimes.onnxruntime.native_library import describe_cpu
+from edgelm.runtimes.onnxruntime.native_library import ExactLogits, describe_cpu
 from edgelm.runtimes.onnxruntime.session import (
     BoundGraph,
     MappedWeights,
@@ -74,6 +74,8 @@ class NativeBatch(SequenceBatch):
 
     name = "onnxruntime-cpu"
     moves = True
+    least_step = 9  # docs/reference/operators.md, "The same bytes": up to 8 new tokens attention sums in another order
+    block_tokens = TILE
 
     def __init__(
         self,
@@ -94,9 +96,11 @@ class NativeBatch(SequenceBatch):
             weights = MappedWeights(bundle)
             session = _load(bundle, bundle.manifest.graph.file, self.threads)
             check_graph(session, bundle, _LENGTHS)
-            graph = BoundGraph(session, weights, batch=batch, chunk=self.chunk, vocab_size=self.vocab_size)
+            graph = BoundGraph(
+                session, weights, batch=batch, chunk=self.chunk, vocab_size=self.vocab_size, around=ExactLogits().call
+            )
         else:
-            graph = graph.another(batch=batch, chunk=self.chunk)
+            graph = graph.another(batch=batch, chunk=self.chunk, around=ExactLogits().call)
         self._graph = graph
         self._caches = [untouched(shape, np.uint8) for _ in range(2 * model.num_layers)]
         self._rows = slice(0, 0)
@@ -113,6 +117,21 @@ class NativeBatch(SequenceBatch):
         end = -(-length // TILE) * TILE  # the bytes of the last tile's tokens lie anywhere in it
         for cache in self._caches:
             cache[target, :, :end] = cache[source, :, :end]
+
+    def copied_bytes(self, tokens: int) -> int:
+        """Return the number of bytes of the cache of `tokens` tokens."""
+        return sum(cache[0, :, :1].nbytes for cache in self._caches) * tokens
+
+    def _read_cache(self, row: int, begin: int, end: int) -> NDArray[np.uint8]:
+        data = np.empty((len(self._caches), *self._caches[0][row, :, begin:end].shape), np.uint8)
+        for cache, part in zip(self._caches, data, strict=True):
+            part[:] = cache[row, :, begin:end]
+        return data.reshape(-1)
+
+    def _write_cache(self, row: int, begin: int, end: int, data: NDArray[np.uint8]) -> None:
+        shape = self._caches[0][row, :, begin:end].shape
+        for cache, part in zip(self._caches, data.reshape(len(self._caches), *shape), strict=True):
+            cache[row, :, begin:end] = part
 
     def _step(self, rows: slice, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run ids [rows, T] on the sequences `rows`; return logits [rows, V]."""

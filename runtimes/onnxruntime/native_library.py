@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ __all__ = [
     "load_library",
 ]
 
-ABI = 1
+ABI = 2
 LIBRARY = f"_edgelm_ops{LIBRARY_SUFFIX}"
 LIBRARY_VARIABLE = "EDGELM_OPS_LIBRARY"
 """Environment variable: path of the library to use in place of the installed one; empty: use none."""
@@ -124,6 +125,27 @@ def load_library() -> ctypes.CDLL | None:
     return None if path is None else _load(path)
 
 
+class ExactLogits:
+    """Has models compute all logits exactly.
+
+    Otherwise a step of one row computes only the largest logits of a head in split nibbles from all bits, and its row
+    would differ from the same row of a larger step.
+    """
+
+    def __init__(self) -> None:
+        library = load_library()
+        assert library is not None, "a native graph was loaded without it"
+        self._set = library.edgelm_exact_logits
+
+    def call(self, run: Callable[[], None]) -> None:
+        """Call `run`, which runs models in this thread."""
+        before = self._set(1)
+        try:
+            run()
+        finally:
+            self._set(before)
+
+
 def kernels_of(ops: str) -> str | None:
     """Return the instruction set that the native operators use here, as EDGELM_ISA names it.
 
@@ -151,4 +173,6 @@ def _load(path: Path) -> ctypes.CDLL:
     library.edgelm_isa_missing.restype = ctypes.c_char_p
     library.edgelm_isa_chosen.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     library.edgelm_isa_chosen.restype = ctypes.c_int32
+    library.edgelm_exact_logits.argtypes = [ctypes.c_int32]
+    library.edgelm_exact_logits.restype = ctypes.c_int32
     return library

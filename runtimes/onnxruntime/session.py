@@ -231,7 +231,7 @@ class BoundGraph:
     """A session with input and output buffers that are bound once and reused.
 
     `weights`: the mapped weights file. `batch`: rows of `input_ids`. `chunk`: the largest number of tokens per row and
-    step.
+    step. `around`: calls a function that runs the model, in the thread that runs it.
     """
 
     def __init__(
@@ -242,8 +242,10 @@ class BoundGraph:
         batch: int,
         chunk: int,
         vocab_size: int,
+        around: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._session = session
+        self._around = around or (lambda run: run())
         self._weights = weights
         self._vocab_size = vocab_size
         self._binding = session.io_binding()
@@ -253,9 +255,11 @@ class BoundGraph:
         self._bound: tuple[int, ...] = ()
         self.bind_input("logits_start", self._start, (1,))
 
-    def another(self, *, batch: int, chunk: int) -> BoundGraph:
+    def another(self, *, batch: int, chunk: int, around: Callable[[Callable[[], None]], None]) -> BoundGraph:
         """Return a graph with the same session and its own buffers, nothing bound."""
-        return BoundGraph(self._session, self._weights, batch=batch, chunk=chunk, vocab_size=self._vocab_size)
+        return BoundGraph(
+            self._session, self._weights, batch=batch, chunk=chunk, vocab_size=self._vocab_size, around=around
+        )
 
     def bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         """Bind an input of `shape` to the start of `array`."""
@@ -302,10 +306,10 @@ class BoundGraph:
         return found
 
     def _run(self, *, long: bool) -> None:
-        session, binding = self._session, self._binding
+        session, binding, around = self._session, self._binding, self._around
         try:
             if not long:
-                session.run_with_iobinding(binding)
+                around(lambda: session.run_with_iobinding(binding))
                 return
             import onnxruntime
 
@@ -313,7 +317,8 @@ class BoundGraph:
             # A chunk's activations are large and decoding does not need their memory: free it.
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             interruptible(
-                lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
+                lambda: around(lambda: session.run_with_iobinding(binding, options)),
+                lambda: setattr(options, "terminate", True),
             )
         except ort_errors() as error:
             raise EdgeLMError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from operator_models import Array, feeds, run, session
 from packed_weights import FLOAT_KINDS, INTEGER_KINDS, KINDS, Packed, pack, random_matrix
+
+from edgelm.runtimes.onnxruntime.native_library import ExactLogits
 
 U = 2.0**-24  # unit roundoff of float32
 Generator = np.random.Generator
@@ -167,6 +170,24 @@ def test_rescored_logits_are_exact_where_they_are_largest(rng: Generator, rescor
     assert same[np.argsort(-y)[:rescored]].all()
     tiles = -(-5000 // 32)
     assert same.all() if rescored >= tiles else not same.all()
+
+
+def test_all_logits_are_exact_in_a_thread_that_asks_for_it(rng: Generator) -> None:
+    matrix = random_matrix(rng, "split", 4096, 64, group=64)
+    inputs = {"x": rng.standard_normal((1, 64)).astype(np.float32), "weights": matrix.blob}
+    exact, rescored = (run("QuantLinear", inputs, **given)[0].tobytes() for given in ({}, {"refine": 5}))
+    assert rescored != exact
+    found: list[bytes] = []
+
+    def compute() -> None:
+        found.append(run("QuantLinear", inputs, refine=5)[0].tobytes())
+
+    asking = ExactLogits()
+    asking.call(compute)
+    asking.call(lambda: asking.call(compute))
+    asking.call(lambda: ThreadPoolExecutor(1).submit(compute).result())
+    compute()
+    assert found == [exact, exact, rescored, rescored]
 
 
 def test_a_bias_decides_which_logits_are_rescored(rng: Generator) -> None:

@@ -48,6 +48,7 @@ LAYERS = {
     "benchmark": "benchmark",
     "measuring": "measuring",
     "kit": "kit",
+    "serving": "serving",
     "releases": "runtimes.csrc.dist",
     "edgelm": "edgelm",
     "cli": "cli __main__",
@@ -78,6 +79,7 @@ ALLOWED = {
     "benchmark": "base bundle sampling runtimes",
     "measuring": "base bundle pages benchmark",
     "kit": "base bundle",
+    "serving": "base generation runtimes",
     "releases": "base",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "

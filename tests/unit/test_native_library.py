@@ -48,7 +48,7 @@ def test_a_library_of_another_version_or_kind_is_refused(operators: Path, monkey
     for other in (0, 99):  # a newer library than this EdgeLM, and an older one
         monkeypatch.setattr(native_library, "ABI", other)
         with pytest.raises(
-            RuntimeUnavailableError, match=rf"another version of EdgeLM \(interface 1, expected {other}\)"
+            RuntimeUnavailableError, match=rf"another version of EdgeLM \(interface 2, expected {other}\)"
         ):
             describe_cpu()
     monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(Path(ctypes.__file__)))

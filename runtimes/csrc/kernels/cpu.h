@@ -33,7 +33,7 @@ const Kernels* ChooseKernels(std::string* why);
 extern "C" {
 
 // Increment this whenever these functions change. The caller checks that it gets the number that it was written for.
-#define EDGELM_OPS_ABI 1
+#define EDGELM_OPS_ABI 2
 EDGELM_EXPORT int32_t edgelm_ops_abi(void);
 
 // The number of compiled tables; a table's name, best first; what the CPU lacks for it, or null if it is available.
@@ -44,6 +44,10 @@ EDGELM_EXPORT const char* edgelm_isa_missing(int32_t index);
 // The index of the table in use, or -1 if EDGELM_ISA cannot be followed. The reason, or the error, is written to `why`,
 // cut to `size` bytes.
 EDGELM_EXPORT int32_t edgelm_isa_chosen(char* why, int64_t size);
+
+// Whether models that this thread runs compute all logits exactly, also of a single row (attribute `refine` of
+// QuantLinear). Returns what was set before; off at first.
+EDGELM_EXPORT int32_t edgelm_exact_logits(int32_t on);
 
 }  // extern "C"
 

@@ -211,6 +211,9 @@ const OrtCustomOp* SparseMoeOp();
 const OrtCustomOp* GroupQueryAttentionOp();
 const OrtCustomOp* RmsNormOp();
 
+// Whether models that this thread runs compute all logits exactly: see edgelm_exact_logits in kernels/cpu.h.
+bool& ExactLogits();
+
 }  // namespace edgelm::ort
 
 #endif  // EDGELM_ORT_OP_H_

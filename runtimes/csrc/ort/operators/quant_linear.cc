@@ -90,7 +90,7 @@ class QuantLinear {
   void ComputeInt8(const Run& run, const Call& call) const {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t columns = call.m.columns, rows = call.rows;
-    const bool rescored = rescore_ > 0 && rows == 1;
+    const bool rescored = rescore_ > 0 && rows == 1 && !ExactLogits();
     ScratchLayout layout;
     const QuantBuffer buffer = layout.AddRows(rows, columns);
     // A normed row is needed only until it is quantised, so each task of rows has room for one.
@@ -156,5 +156,11 @@ const Operator<QuantLinear> op;
 }  // namespace
 
 const OrtCustomOp* QuantLinearOp() { return &op; }
+
+bool& ExactLogits() {
+  // Of the thread that runs the model: ONNX Runtime computes every node there, and divides only its work among others.
+  static thread_local bool on = false;
+  return on;
+}
 
 }  // namespace edgelm::ort
