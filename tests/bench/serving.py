@@ -16,7 +16,8 @@ and have the right length.
 
 Prints per number of clients, workload and server: tokens/s of all clients, and the median and 99th percentile of the
 time to the first token and between tokens; ratios (the median over rounds); the share of the memory's bandwidth that
-decoding for one client uses; how many prompt tokens were computed. One JSON line last. Nothing else may run.
+decoding for one client uses; how many prompt tokens were computed; and, with --alone, our speed as a share of that of
+`generate_many`, which gets the same requests without a server. One JSON line last. Nothing else may run.
 """
 
 from __future__ import annotations
@@ -141,6 +142,16 @@ def check_idle(servers: Sequence[Server], seconds: float) -> None:
             raise SystemExit(f"{server.command.name} computes without a request: nothing is timed")
 
 
+def measure_alone(model: edgelm.LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> float:
+    """Return the tokens per second of `generate_many` for the prompts of all clients."""
+    time.sleep(SETTLE)
+    # All first requests, then all second ones, as clients that begin together send them.
+    flat = [list(prompt) for turn in zip(*prompts, strict=True) for prompt in turn]
+    began = time.perf_counter()
+    answers = model.generate_many(flat, batch=len(prompts), max_tokens=new)
+    return sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - began)
+
+
 def measure_once(server: Server, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> dict[str, Any]:
     """Send the prompts of every client to a server; return the figures."""
     time.sleep(SETTLE)
@@ -154,9 +165,14 @@ def measure_once(server: Server, prompts: Sequence[Sequence[Sequence[int]]], new
 
 
 def measure(
-    column: str, servers: Sequence[Server], vocabulary: int, options: argparse.Namespace, weights: Path
+    column: str,
+    servers: Sequence[Server],
+    vocabulary: int,
+    options: argparse.Namespace,
+    weights: Path,
+    model: edgelm.LanguageModel | None,
 ) -> list[Round]:
-    """Measure all workloads and numbers of clients, the servers in turn."""
+    """Measure all workloads and numbers of clients, the servers in turn; `model` does the same without a server."""
     found = []
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     sizes: Sizes = options.sizes
@@ -171,7 +187,9 @@ def measure(
                     name = server.command.name
                     figures = measure_once(server, prompts, sizes.new)
                     bandwidth = read_bandwidth(options.threads, weights) if clients == 1 else None
-                    done = Round(column, workload, clients, started, number, name, bandwidth=bandwidth, **figures)
+                    alone = measure_alone(model, prompts, sizes.new) if model and name == OURS else None
+                    figures = {**figures, "bandwidth": bandwidth, "alone": alone}
+                    done = Round(column, workload, clients, started, number, name, **figures)
                     found.append(done)
                     what = f"{column}, {workload}, {clients} clients, round {number + 1}"
                     say(f"{what}: {name} {done.rate:.1f} tokens/s in {done.seconds:.0f} s")
@@ -198,6 +216,8 @@ def table(rounds: Sequence[Round]) -> str:
             computed = "" if last.computed is None else f", computed {last.computed}"
             cells.append(f"prompt tokens {last.prompt_tokens}{computed}")
             cells.append(f"CPU: server {last.server_share:.2f}, clients {last.client_share:.3f}")
+            alone = [item.rate / item.alone for item in own if item.alone]
+            cells += [f"{100 * statistics.median(alone):.0f} % of generate_many"] if alone else []
             lines.append(f"  {engine:<10}{len(own)} x {last.requests}: " + "; ".join(cells))
         found = {field: ratios(mine, field, OURS, LLAMA) for field in FIGURES}
         if found["rate"]:
@@ -237,6 +257,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=devices.allowed_cores())
     parser.add_argument("--quick", action="store_true", help="small sizes; without --checkpoint the tiny checkpoints")
+    parser.add_argument("--alone", action="store_true", help="measure generate_many with the same requests too")
     parser.add_argument("--no-check", action="store_true", help="an earlier run has checked the same files")
     parser.add_argument("--out", type=Path, help="write the JSON line to this file too")
     parser.add_argument("--add", type=Path, action="append", default=[], help="results of an earlier run, to print too")
@@ -302,7 +323,11 @@ def main() -> int:
             if not options.no_check:
                 check(opened.path, servers, vocabulary, options.sizes, min(4, options.slots), options.threads)
             check_idle(servers, 2.0)
-            rounds += measure(column, servers, vocabulary, options, bundle.weights)
+            model = None
+            if options.alone:
+                model = stack.enter_context(edgelm.load(opened.path, chat=False, threads=options.threads))
+                model.end_ids = frozenset()
+            rounds += measure(column, servers, vocabulary, options, bundle.weights, model)
     print(f"\nmedian (least .. greatest) of the rounds\n{table(rounds)}")
     for item in shares(rounds, read):
         print(f"{item['column']}, 1 client: {item['engine']} reads at {100 * item['share']:.0f} % of the bandwidth")

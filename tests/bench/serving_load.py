@@ -107,7 +107,10 @@ def parse(sent: float, ended: float, parts: Sequence[tuple[float, bytes]]) -> An
     status = head.split("\r\n", 1)[0]
     if " 200" not in status:
         raise RuntimeError(f"{status}: {b''.join(data for _, data in pieces)[:500]!r}")
-    times, texts, finish, usage, done, rest = [], [], "", {}, False, b""
+    times: list[float] = []
+    texts: list[str] = []
+    usage: dict[str, Any] = {}
+    finish, done, rest = "", False, b""
     for clock, data in pieces:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
@@ -243,6 +246,7 @@ class Round:
         computed: prompt tokens that the server computed; None if it does not tell.
         client_share, server_share: CPU time of the load generator and of the server, as a share of one core.
         bandwidth: bytes per second that the memory gives right after the round; None if it was not measured.
+        alone: tokens per second of `generate_many` for the same requests without a server; None if not measured.
     """
 
     column: str
@@ -264,6 +268,7 @@ class Round:
     client_share: float
     server_share: float
     bandwidth: float | None = None
+    alone: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int, str, int]:

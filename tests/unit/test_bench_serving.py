@@ -158,6 +158,8 @@ def test_the_table_has_medians_spread_and_ratios() -> None:
     assert "gap p99 400 (400 .. 400) ms" in text
     assert "tokens/s 4.00 (4.00 .. 4.00)" in text
     assert "gap p99 0.50 (0.50 .. 0.50)" in text
+    assert "generate_many" not in text
+    assert "80 % of generate_many" in serving.table([replace(ROUND, alone=80)])
 
 
 def test_results_are_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
