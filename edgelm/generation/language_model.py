@@ -175,13 +175,20 @@ class LanguageModel:
             turn.check()
         return [result for result in results.values() if result is not None]
 
-    def continuation(self, tokens: Sequence[int], options: Options) -> Continuation:
+    def continuation(
+        self, tokens: Sequence[int], options: Options, *, shown: frozenset[int] = frozenset()
+    ) -> Continuation:
         """Return a continuation of a prompt that has not begun, for a `Scheduler`.
+
+        Args:
+            tokens: the prompt's ids.
+            options: options of sampling and of the end.
+            shown: special tokens that are part of the text, such as those before the calls of tools.
 
         Raises:
             GenerationTypeError, GenerationError, ContextLengthError, EdgeLMError: as `generate`, by the prompt.
         """
-        return self._continuation(self._tokens(tokens), options)
+        return self._continuation(self._tokens(tokens), options, shown)
 
     def _answers(
         self,
@@ -329,7 +336,7 @@ class LanguageModel:
     def _stream(self, tokens: list[int], options: Options, started: float) -> TextStream:
         return TextStream(self.cache, self._continuation(tokens, options), Turn(self._turns), started=started)
 
-    def _continuation(self, tokens: list[int], options: Options) -> Continuation:
+    def _continuation(self, tokens: list[int], options: Options, shown: frozenset[int] = frozenset()) -> Continuation:
         self._turns.require_open()
         if not tokens:
             raise GenerationError("the prompt is empty and the model has no token to begin with: give some text")
@@ -337,7 +344,7 @@ class LanguageModel:
         runtime = self.runtime
         if len(tokens) > runtime.context_length:
             raise context_full(len(tokens), 0, runtime.context_length, runtime.model_context_length)
-        return Continuation(tokens, options, self.tokenizer, self.end_ids)
+        return Continuation(tokens, options, self.tokenizer, self.end_ids, shown)
 
     def close(self) -> None:
         """Wait for the running step, then free the model's memory. Calls of other threads raise `EdgeLMError`."""

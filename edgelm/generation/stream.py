@@ -94,14 +94,21 @@ class Continuation:
         reason: why it ended; None while it has not.
     """
 
-    def __init__(self, prompt: list[int], options: Options, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        options: Options,
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self.prompt, self.options = prompt, options
         self.tokens: list[int] = []
         self.reason: StopReason | None = None
         self._text: list[str] = []
         self._end_ids = end_ids
         self.sampler = Sampler(options.sampling, prompt)
-        self._pieces, self._stops = tokenizer.detokenizer(), StopStrings(options.stop)
+        self._pieces, self._stops = tokenizer.detokenizer(shown=shown), StopStrings(options.stop)
 
     @property
     def text(self) -> str:

@@ -45,9 +45,9 @@ class StreamDetokenizer:
     The returned texts, with `flush` at the end, join to `Tokenizer.decode` of all the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: frozenset[int] = frozenset()) -> None:
         self._vocabulary = tokenizer.vocabulary
-        self._skip = tokenizer.special if skip_special else frozenset()
+        self._skip = tokenizer.special - shown if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = self._vocabulary.leading_space is not LeadingSpace.KEEP
 
@@ -180,9 +180,9 @@ class Tokenizer:
         stream = self.detokenizer(skip_special=skip_special)
         return "".join([stream.push(int(index)) for index in ids]) + stream.flush()
 
-    def detokenizer(self, *, skip_special: bool = True) -> StreamDetokenizer:
-        """Return a new detokenizer for one text."""
-        return StreamDetokenizer(self, skip_special=skip_special)
+    def detokenizer(self, *, skip_special: bool = True, shown: frozenset[int] = frozenset()) -> StreamDetokenizer:
+        """Return a new detokenizer for one text, which shows the special tokens `shown` in any case."""
+        return StreamDetokenizer(self, skip_special=skip_special, shown=shown)
 
     def token(self, index: int) -> str | None:
         """Return the string of a token in the vocabulary; None where there is no such token."""
