@@ -7,6 +7,8 @@ A wrong document raises an error of one line that names the file, the field, its
 Types are exact: `true` and `1.0` are not integers, and infinite numbers are refused. A field's range is part of its
 type, as `Annotated[int, Range(1, 64)]`. A field with a default may be missing. An unknown field is refused, since it
 may change the meaning of the others. `read_json` also reads documents of others, such as a config.json.
+
+A union of dataclasses is told apart by the field `type`, whose hint names the values with `OneOf`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from edgelm.errors import EdgeLMError
 __all__ = [
     "Count",
     "ErrorFactory",
+    "InvalidField",
+    "Length",
     "OneOf",
     "Range",
     "StrEnum",
+    "convert",
     "from_data",
     "parse",
     "parse_toml",
@@ -46,6 +51,7 @@ MAX_BYTES = 8 << 20
 """Largest document of EdgeLM. Parsed, it takes up to 25 times as much memory. OLMoE's largest document is 1 MB."""
 MAX_DEPTH = 64
 _SHOWN = 60
+_LIST, _OBJECT = "a list", "an object"
 
 T = TypeVar("T")
 _Reader = Callable[[Any], Any]
@@ -81,25 +87,45 @@ class Range:
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """The strings that a field may have."""
+class Length:
+    """Limits of the characters of a text or the entries of a list, both ends included."""
 
-    choices: tuple[str, ...]
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"of {self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The strings, or other scalars, that a field may have."""
+
+    choices: tuple[str | bool | int, ...]
 
 
 Count = Annotated[int, Range(0, 2**63 - 1)]
 """A size, an offset or a count: a non-negative int64."""
 
 
-class _Problem(Exception):  # noqa: N818 - internal
-    """An invalid value and the path to it. Each enclosing reader appends its key, so the path is innermost first."""
+class InvalidField(Exception):  # noqa: N818 - a fault of the document, which callers turn into their own error
+    """An invalid value and the path to it. Each enclosing reader appends its key, so `path` is innermost first.
 
-    def __init__(self, problem: str, *path: str | int) -> None:
+    Attributes:
+        problem: what is wrong, to follow the field's name.
+        path: keys and indices.
+        unknown: whether there is no such field.
+    """
+
+    def __init__(self, problem: str, *path: str | int, unknown: bool = False) -> None:
         super().__init__(problem)
         self.problem = problem
         self.path = list(path)
+        self.unknown = unknown
 
-    def __str__(self) -> str:
+    @property
+    def field(self) -> str:
+        """The path as it is written, such as "messages[0].role"; empty for the whole document."""
         path = ""
         for key in reversed(self.path):
             if isinstance(key, int):
@@ -107,7 +133,10 @@ class _Problem(Exception):  # noqa: N818 - internal
             else:
                 name = key if key.isprintable() and 0 < len(key) <= _SHOWN else quoted(key)
                 path += f".{name}" if path else name
-        return f"{path or 'it'} {self.problem}"
+        return path
+
+    def __str__(self) -> str:
+        return f"{self.field or 'it'} {self.problem}"
 
 
 def read_bytes(path: Path, errors: ErrorFactory, limit: int = MAX_BYTES) -> bytes:
@@ -223,8 +252,9 @@ def from_data(cls: type[T], data: Any, where: Path | str, errors: ErrorFactory, 
     """Convert a parsed document to a dataclass.
 
     Args:
-        cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, dataclasses, and unions with None,
-            tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a string.
+        cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, `Any`, dataclasses, and unions,
+            tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a string,
+            with `Length` a string or a list.
         data: the result of `parse` or `parse_toml`.
         where: the document's name in errors.
         errors: makes the error of an invalid document.
@@ -236,10 +266,19 @@ def from_data(cls: type[T], data: Any, where: Path | str, errors: ErrorFactory, 
     if ignored and isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in ignored}
     try:
-        hint: Any = cls
-        value: T = _reader(hint)[1](data)
-    except _Problem as problem:
+        return convert(cls, data)
+    except InvalidField as problem:
         raise errors.at(where, str(problem)) from None
+
+
+def convert(cls: type[T], data: Any) -> T:
+    """Convert parsed JSON to a dataclass as `from_data` does.
+
+    Raises:
+        InvalidField: a field is missing, unknown, or of a wrong type or range.
+    """
+    hint: Any = cls
+    value: T = _reader(hint)[1](data)
     return value
 
 
@@ -299,8 +338,8 @@ def quoted(text: str) -> str:
     return f"{short}..." if len(text) > _SHOWN else short
 
 
-def _expect(kind: str, value: object) -> _Problem:
-    return _Problem(f"is {shown(value)}, expected {kind}")
+def _expect(kind: str, value: object) -> InvalidField:
+    return InvalidField(f"is {shown(value)}, expected {kind}")
 
 
 # Returns a description of the accepted values and a reader of them. Cached: there are few hints and many values.
@@ -308,10 +347,12 @@ def _expect(kind: str, value: object) -> _Problem:
 def _reader(hint: Any) -> tuple[str, _Reader]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        limit = next((item for item in arguments[1:] if isinstance(item, (Range, OneOf))), None)
+        limit = next((item for item in arguments[1:] if isinstance(item, (Range, Length, OneOf))), None)
         if limit is None:
             return _reader(arguments[0])
         return _one_of(limit.choices) if isinstance(limit, OneOf) else _limited(arguments[0], limit)
+    if hint is Any:
+        return "any value", lambda value: value
     if origin in (Union, types.UnionType):
         return _union(tuple(arguments))
     if origin in (list, Sequence):
@@ -352,50 +393,100 @@ def _scalar(hint: Any) -> tuple[str, _Reader]:
         if type(value) is not str:
             raise _expect(kind, value)
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise _Problem("holds half of a surrogate pair, which is not a character")
+            raise InvalidField("holds half of a surrogate pair, which is not a character")
         return value
 
     return kind, {float: read_float, str: read_text}.get(hint, read)
 
 
-def _limited(hint: Any, limits: Range) -> tuple[str, _Reader]:
-    kind, inner = _reader(hint)
-    kind = f"{kind} {limits}"
+def _limited(hint: Any, limits: Range | Length) -> tuple[str, _Reader]:
+    simple, inner = _reader(hint)
+    unit = "" if isinstance(limits, Range) else " entries" if simple == _LIST else " characters"
+    kind = f"{simple} {limits}{unit}"
 
     def read(value: Any) -> Any:
         try:
-            number = inner(value)
-        except _Problem:
+            found = inner(value)
+        except InvalidField as problem:
+            if problem.path:
+                raise
             raise _expect(kind, value) from None
-        if not limits.low <= number <= limits.high:
-            raise _expect(kind, value)
-        return number
+        size = found if isinstance(limits, Range) else len(found)
+        if not limits.low <= size <= limits.high:
+            raise InvalidField(f"has {size}{unit}, expected {kind}") if unit else _expect(kind, value)
+        return found
 
-    return kind, read
+    return (simple if simple == _LIST else kind), read
 
 
 def _union(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
-    """Return the reader of a union: one hint and None, or several scalars."""
+    """Return the reader of a union. Lists and objects are read by the alternatives of that kind."""
     others = [_reader(hint) for hint in hints if hint is not type(None)]
     nullable = type(None) in hints
-    kind = " or ".join([kind for kind, _ in others] + (["null"] if nullable else []))
+    kinds = [kind for kind, _ in others] + (["null"] if nullable else [])
+    kind = " or ".join(dict.fromkeys(kinds))
+    tagged = _tagged(hints)
 
     def read(value: Any) -> Any:
         if value is None and nullable:
             return None
-        if len(others) == 1 and isinstance(value, (dict, list)):
+        container = isinstance(value, (dict, list))
+        if len(others) == 1 and container:
             return others[0][1](value)  # its error names the path inside the value
-        for _, inner in others:
+        if tagged and isinstance(value, dict):
+            return _by_tag(tagged, value)
+        wanted = _OBJECT if isinstance(value, dict) else _LIST
+        problems = []
+        for name, inner in others:
             try:
                 return inner(value)
-            except _Problem:
-                continue
-        raise _expect(kind, value)
+            except InvalidField as problem:
+                if container and name == wanted:
+                    problems.append(problem)
+        # The alternative that came furthest is probably meant.
+        raise max(problems, key=lambda one: _depth(one.path)) if problems else _expect(kind, value)
 
     return kind, read
 
 
-def _one_of(choices: tuple[str, ...]) -> tuple[str, _Reader]:
+def _depth(path: Sequence[str | int]) -> tuple[int, int]:
+    """Return how far a reader came: the length of the path to its error, then the index of the outermost list."""
+    return len(path), path[-1] if path and isinstance(path[-1], int) else 0
+
+
+def _tagged(hints: tuple[Any, ...]) -> dict[str | bool | int | None, _Reader]:
+    """Return readers of the dataclasses of a union by the values of their field `type`; None: it may be missing.
+
+    Empty where fewer than two have such a field.
+    """
+    found: dict[str | bool | int | None, _Reader] = {}
+    classes = [hint for hint in hints if is_dataclass(hint)]
+    for cls in classes if len(classes) > 1 else []:
+        of_type = get_type_hints(cls, include_extras=True)["type"]
+        limits = [item for item in _flat(of_type) if isinstance(item, OneOf)]
+        given = next(item for item in fields(cls) if item.name == "type")
+        for choice in [*limits[0].choices, *([] if given.default is MISSING else [None])]:
+            assert choice not in found, f"two alternatives have the type {choice}"
+            found[choice] = _reader(cls)[1]
+    return found
+
+
+def _flat(hint: Any) -> list[Any]:
+    """Return the arguments of a hint and of the hints inside it."""
+    return [part for argument in get_args(hint) for part in (argument, *_flat(argument))]
+
+
+def _by_tag(tagged: Mapping[str | bool | int | None, _Reader], value: dict[str, Any]) -> Any:
+    tag = value.get("type")
+    if (isinstance(tag, str) or tag is None) and tag in tagged:
+        return tagged[tag](value)
+    expected = " or ".join(json.dumps(choice) for choice in tagged if choice is not None)
+    if "type" not in value:
+        raise InvalidField(f"is missing, expected {expected}", "type")
+    raise InvalidField(f"is {shown(tag)}, expected {expected}", "type")
+
+
+def _one_of(choices: tuple[str | bool | int, ...]) -> tuple[str, _Reader]:
     kind = " or ".join(json.dumps(choice) for choice in choices)
 
     def read(value: Any) -> Any:
@@ -411,17 +502,17 @@ def _sequence(hint: Any, make: Callable[[list[Any]], Any]) -> tuple[str, _Reader
 
     def read(value: Any) -> Any:
         if not isinstance(value, list):
-            raise _expect("a list", value)
+            raise _expect(_LIST, value)
         found: list[Any] = []
         try:
             for item in value:
                 found.append(inner(item))  # noqa: PERF401 - on an error, its length is the index of the item
-        except _Problem as problem:
+        except InvalidField as problem:
             problem.path.append(len(found))
             raise
         return make(found)
 
-    return "a list", read
+    return _LIST, read
 
 
 def _fixed(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
@@ -434,7 +525,7 @@ def _fixed(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
         try:
             for inner, item in zip(readers, value, strict=True):
                 found.append(inner(item))
-        except _Problem as problem:
+        except InvalidField as problem:
             problem.path.append(len(found))
             raise
         return tuple(found)
@@ -448,17 +539,17 @@ def _mapping(hint: Any) -> tuple[str, _Reader]:
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise _expect("an object", value)
+            raise _expect(_OBJECT, value)
         found = {}
         for key, item in value.items():
             try:
                 found[text(key)] = inner(item)
-            except _Problem as problem:
+            except InvalidField as problem:
                 problem.path.append(key)
                 raise
         return found
 
-    return "an object", read
+    return _OBJECT, read
 
 
 def _dataclass(cls: Any) -> tuple[str, _Reader]:
@@ -470,19 +561,20 @@ def _dataclass(cls: Any) -> tuple[str, _Reader]:
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise _expect("an object", value)
+            raise _expect(_OBJECT, value)
         found = {}
         for key, item in value.items():
             if key not in names:
-                raise _Problem("is an unknown field (upgrade edgelm if a newer one wrote this file)", key)
+                unknown = "is an unknown field (upgrade edgelm if a newer one wrote this file)"
+                raise InvalidField(unknown, key, unknown=True)
             try:
                 found[key] = names[key][1](item)
-            except _Problem as problem:
+            except InvalidField as problem:
                 problem.path.append(key)
                 raise
         for key in required:
             if key not in found:
-                raise _Problem(f"is missing, expected {names[key][0]}", key)
+                raise InvalidField(f"is missing, expected {names[key][0]}", key)
         return cls(**found)
 
-    return "an object", read
+    return _OBJECT, read

@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 
@@ -13,9 +13,12 @@ from edgelm.errors import BundleError
 from edgelm.json_dataclass import (
     Count,
     ErrorFactory,
+    InvalidField,
+    Length,
     OneOf,
     Range,
     StrEnum,
+    convert,
     from_data,
     parse,
     read_bytes,
@@ -211,3 +214,86 @@ def test_long_values_are_shown_short_and_in_one_line():
     assert shown("x" * 1000) == f'"{"x" * 60}"... (a string)'
     assert shown("a\nb") == r'"a\nb" (a string)'
     assert len(shown(10**100)) < 80
+
+
+@dataclass(frozen=True)
+class Circle:
+    type: Annotated[str, OneOf(("circle",))]
+    radius: float
+
+
+@dataclass(frozen=True)
+class Square:
+    side: float
+    type: Annotated[str, OneOf(("square", "box"))] = "square"
+
+
+@dataclass(frozen=True)
+class Flexible:
+    texts: str | list[str] | list[int] | list[list[int]] | None = None
+    shapes: list[Circle | Square] = field(default_factory=list)
+    few: Annotated[list[Annotated[str, Length(1, 3)]], Length(0, 2)] = field(default_factory=list)
+    never: Annotated[bool, OneOf((False,))] | None = None
+    whatever: Any = None
+    choice: Annotated[str, OneOf(("auto", "none"))] | Circle | None = None
+
+
+def test_unions_of_lists_and_of_objects_are_read():
+    for texts in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], [], None):
+        assert convert(Flexible, {"texts": texts}).texts == texts
+    shapes = [{"type": "circle", "radius": 1}, {"type": "box", "side": 2}, {"side": 3}]
+    assert convert(Flexible, {"shapes": shapes}).shapes == [Circle("circle", 1.0), Square(2.0, "box"), Square(3.0)]
+    found = convert(Flexible, {"few": ["abc", "a"], "never": False, "whatever": [{"a": None}], "choice": "auto"})
+    assert found == Flexible(few=["abc", "a"], never=False, whatever=[{"a": None}], choice="auto")
+    assert convert(Flexible, {"choice": {"type": "circle", "radius": 2}}).choice == Circle("circle", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "said"),
+    [
+        ({"texts": 5}, "texts", "is 5, expected a text or a list or null"),
+        ({"texts": [1, "a"]}, "texts[1]", 'is "a" (a string), expected a whole number'),
+        ({"texts": ["a", 1]}, "texts[1]", "is 1, expected a text"),
+        ({"texts": [[1], [2, "x"]]}, "texts[1][1]", 'is "x" (a string), expected a whole number'),
+        ({"shapes": [{"type": "circle"}]}, "shapes[0].radius", "is missing, expected a number"),
+        (
+            {"shapes": [{"type": "line"}]},
+            "shapes[0].type",
+            'is "line" (a string), expected "circle" or "square" or "box"',
+        ),
+        ({"shapes": [{"type": ["circle"]}]}, "shapes[0].type", 'is a list, expected "circle" or "square" or "box"'),
+        ({"shapes": [3]}, "shapes[0]", "is 3, expected an object"),
+        ({"few": ["abcd"]}, "few[0]", "has 4 characters, expected a text of 1 to 3 characters"),
+        ({"few": ["a", "b", "c"]}, "few", "has 3 entries, expected a list of 0 to 2 entries"),
+        ({"few": 1}, "few", "is 1, expected a list of 0 to 2 entries"),
+        ({"never": True}, "never", "is true, expected false or null"),
+        ({"never": 0}, "never", "is 0, expected false or null"),
+        ({"choice": "x"}, "choice", 'is "x" (a string), expected "auto" or "none" or an object or null'),
+        ({"choice": {"type": "circle"}}, "choice.radius", "is missing, expected a number"),
+    ],
+)
+def test_an_alternative_that_does_not_fit_is_named(data, path, said):
+    with pytest.raises(InvalidField) as raised:
+        convert(Flexible, data)
+    assert (raised.value.field, raised.value.problem, raised.value.unknown) == (path, said, False)
+
+
+def test_an_unknown_field_is_told_apart_from_a_wrong_one():
+    with pytest.raises(InvalidField) as raised:
+        convert(Flexible, {"shapes": [{"type": "circle", "radius": 1, "colour": 2}]})
+    assert raised.value.unknown
+    assert raised.value.field == "shapes[0].colour"
+
+
+@dataclass(frozen=True)
+class Line:
+    type: Annotated[str, OneOf(("line",))]
+
+
+def test_a_missing_type_is_named_where_no_alternative_has_a_default():
+    @dataclass(frozen=True)
+    class Holder:
+        shape: Circle | Line
+
+    with pytest.raises(InvalidField, match=r'shape\.type is missing, expected "circle" or "line"'):
+        convert(Holder, {"shape": {}})
