@@ -460,7 +460,7 @@ def _tagged(hints: tuple[Any, ...]) -> dict[str | bool | int | None, _Reader]:
     Empty where fewer than two have such a field.
     """
     found: dict[str | bool | int | None, _Reader] = {}
-    classes = [hint for hint in hints if is_dataclass(hint)]
+    classes: list[Any] = [hint for hint in hints if is_dataclass(hint)]
     for cls in classes if len(classes) > 1 else []:
         of_type = get_type_hints(cls, include_extras=True)["type"]
         limits = [item for item in _flat(of_type) if isinstance(item, OneOf)]

@@ -237,18 +237,32 @@ class LanguageModel:
         chosen = Options.of(options)
         return self._stream(self.chat_tokens(messages), chosen, started)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the text of a conversation by the chat template, with the prompt for the model's answer."""
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """Return the text of a conversation by the chat template, with the prompt for the model's answer.
+
+        `variables`: further variables of the template, such as `tools`.
+        """
+        return self.chat_template.render(messages, add_generation_prompt=True, variables=variables)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template, read when it is first needed.
+
+        Raises:
+            TokenizerError: there is none, or it is not valid.
+        """
         if self._chat_template is None:
             from edgelm.tokenization.chat_template import ChatTemplate
 
             self._chat_template = ChatTemplate.from_folder(self.bundle.path, self.tokenizer)
-        return self._chat_template.render(messages, add_generation_prompt=True)
+        return self._chat_template
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the token ids of `render_chat`, the prompt of `chat`."""
         # The template writes all special tokens, bos included.
-        return self.tokenizer.encode(self.render_chat(messages), add_bos=False)
+        return self.tokenizer.encode(self.render_chat(messages, variables), add_bos=False)
 
     async def generate_async(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
         """Like `generate`, without blocking the event loop. Cancelling the task stops the generation."""

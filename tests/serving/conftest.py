@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_server import HttpServer
 
 import edgelm
 from edgelm.serving.engine import Engine
+from edgelm.serving.settings import Settings
 
 Bundles = Callable[[str, str, str], Path]
 
@@ -28,3 +31,24 @@ def engine_of(tiny_bundle: Bundles) -> Iterator[Callable[..., Engine]]:
     yield get
     for engine in opened:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_bundle: Bundles) -> Iterator[HttpServer]:
+    """A server with two models, `olmoe` and `fox`, and the default limits."""
+    models = {name: tiny_bundle(name, "int4", "native") for name in ("olmoe", "fox")}
+    with HttpServer(Settings(models=models, loading={"threads": 2})) as running:
+        yield running
+
+
+@pytest.fixture
+def serving(tiny_bundle: Bundles) -> Iterator[Callable[..., HttpServer]]:
+    """Function that starts a server with one model, `olmoe`, and the given settings."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**given: Any) -> HttpServer:
+            models = given.pop("models", None) or {"olmoe": tiny_bundle("olmoe", "int4", "native")}
+            loading = given.pop("loading", {"threads": 2})
+            return stack.enter_context(HttpServer(Settings(models=models, loading=loading, **given)))
+
+        yield start

@@ -79,11 +79,11 @@ ALLOWED = {
     "benchmark": "base bundle sampling runtimes",
     "measuring": "base bundle pages benchmark",
     "kit": "base bundle",
-    "serving": "base tokenization generation runtimes",
+    "serving": "base tokenization bundle generation runtimes",
     "releases": "base",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "
-    "methods pages parity evaluation comparison synth export benchmark measuring kit edgelm",
+    "methods pages parity evaluation comparison synth export benchmark measuring kit serving edgelm",
 }
 """The parts that a part may import."""
 
@@ -101,6 +101,8 @@ PACKAGES = {
     "tomli": "base",
     "click": "cli",
     "llguidance": "serving",
+    "starlette": "cli serving",
+    "uvicorn": "cli",
     "huggingface_hub": "base checkpoint",
     "lm_eval": "evaluation",
     "tqdm": "evaluation",
@@ -117,6 +119,8 @@ AT_ONCE = {
     "rich": "base",
     "click": "cli",
     "llguidance": "serving",
+    "starlette": "serving",
+    "uvicorn": "cli",
     "lm_eval": "evaluation",
     "tqdm": "evaluation",
     "pytest": "parity",

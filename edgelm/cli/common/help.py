@@ -19,6 +19,8 @@ class Group(enum.Enum):
     CALIBRATION = "Calibration: choose quantised values with a text"
     MIXED = "Mixed precision: more bits for the matrices that need them"
     TEXT = "Evaluation text"
+    ACCESS = "Who may use the server"
+    LIMITS = "Limits of a request"
     PARITY = "Parity pack: the reference results stored in the bundle"
     RUNTIME = "Runtime"
     RESOURCES = "Threads and memory"

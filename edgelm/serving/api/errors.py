@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,11 @@ from edgelm.errors import (
     GenerationError,
     TokenizerError,
 )
+
+_FIELD = re.compile(
+    r"(?:tools|tool_choice|parallel_tool_calls|messages|response_format|regex|grammar)(?:\.\w+|\[\d+\])*(?=[ :])"
+)
+"""The field that a message begins with."""
 
 
 class ApiError(Exception):
@@ -61,9 +67,12 @@ def of_request(error: EdgeLMError, hidden: Mapping[str, str], param: str | None 
     Args:
         error: the error.
         hidden: paths that must not be shown, and what to write in their place.
-        param: the field at fault.
+        param: the field at fault; None: the one that the message begins with, if it does.
     """
     message = str(error)
+    begins = _FIELD.match(message)
+    if param is None and begins is not None:
+        param = begins[0]
     for path, name in hidden.items():
         message = message.replace(path, name)
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None

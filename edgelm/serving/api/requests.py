@@ -260,6 +260,32 @@ class ToolChoice:
     function: FunctionName
 
 
+@dataclass(frozen=True)
+class AllowedTools:
+    """Some of the tools, of which the model may or has to call one.
+
+    Attributes:
+        mode: "auto": it may; "required": it has to.
+        tools: their names.
+    """
+
+    mode: Annotated[str, OneOf(("auto", "required"))]
+    tools: Annotated[list[ToolChoice], Length(1, 128)]
+
+
+@dataclass(frozen=True)
+class AllowedToolsChoice:
+    """A choice among some of the tools.
+
+    Attributes:
+        type: "allowed_tools".
+        allowed_tools: these tools.
+    """
+
+    type: Annotated[str, OneOf(("allowed_tools",))]
+    allowed_tools: AllowedTools
+
+
 ToolMode = Annotated[str, OneOf(("none", "auto", "required"))]
 
 
@@ -273,7 +299,7 @@ class ChatRequest(Completing):
         logprobs: whether to return log-probabilities.
         top_logprobs: alternatives of each token, with `logprobs`.
         tools: functions that the model may call.
-        tool_choice: "none", "auto" (default), "required", or the function to call.
+        tool_choice: "none", "auto" (default), "required", the function to call, or some of the tools.
         parallel_tool_calls: whether an answer may have several calls; default true.
         modalities: only ["text"].
         chat_template_kwargs: extension: variables of the model's chat template, such as `enable_thinking`.
@@ -284,7 +310,7 @@ class ChatRequest(Completing):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Range(0, MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Length(0, 128)] | None = None
-    tool_choice: ToolMode | ToolChoice | None = None
+    tool_choice: ToolMode | ToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Annotated[str, OneOf(("text",))]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
