@@ -22,6 +22,8 @@ DEFAULT_QUEUE = 64
 DEFAULT_PREFIX_BYTES = 1 << 30
 BESIDE = 128
 """Most tokens of a prefill step while others decode: the longest time that they wait for their next token."""
+FIXED_CHUNK = 256
+"""Tokens of a prefill step where bits depend on the cuts: prompts are cut at multiples of it, and as much is reused."""
 _BLOCK_FORMAT = 1
 """Increment this when the bytes of a cache or the arithmetic that makes them change."""
 
@@ -192,16 +194,18 @@ class Engine:
         self.slots = self._batch.batch
         self._most_waiting = queue
         self._prefixes = None
+        chunk = runtime.chunk if self._batch.least_step is not None else min(runtime.chunk, FIXED_CHUNK)
         unit = self._batch.block_tokens
         if unit is not None and BLOCK % unit == 0 and prefix_bytes > 0:
             kv = getattr(runtime, "kv", model.bundle.manifest.graph.kv_dtype)
-            cut = None if self._batch.least_step is not None else self._batch.chunk
-            root = f"{manifest_sha256(model.bundle)} {runtime.name} {kv} {_BLOCK_FORMAT} {BLOCK} {cut}"
+            root = f"{manifest_sha256(model.bundle)} {runtime.name} {kv} {_BLOCK_FORMAT} {BLOCK}"
+            if self._batch.least_step is None:
+                root += f" {chunk}"
             self._prefixes = PrefixTree(root.encode(), prefix_bytes, store)
         self._waiting = _FairQueue()
         self._running: dict[ScheduledSequence, Job] = {}
         self._scheduler = Scheduler(
-            self._batch, self._next, self._ended, chunk=runtime.chunk, beside=BESIDE, prefixes=self._prefixes
+            self._batch, self._next, self._ended, chunk=chunk, beside=BESIDE, prefixes=self._prefixes
         )
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)

@@ -268,19 +268,19 @@ class Executor:
         assert words.nbytes == self.layout.sampling.seen
         self.device.upload(self._base + self.layout.seen + row * words.nbytes, words)
 
-    def cache_parts(self, length: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of the first sequence's cache that hold the first `length` tokens, as addresses and bytes:
+    def cache_parts(self, length: int, *, row: int = 0, begin: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a sequence's cache that hold `length` tokens from `begin` on, as addresses and bytes:
         layer by layer keys, then values, of each head the codes, then the scales if there are any."""
         capacity = self.layout.sizes.rounded
         for node in self._program.nodes:
             if node.op == "GroupQueryAttention" and length:
                 codes, scale = self.layout.operators.token_bytes(node)
                 for name in node.inputs[1:3]:
-                    at = self._base + self.layout.offsets[name]
+                    at = self._base + self.layout.offsets[name] + self.layout.operators.cache_bytes(node, row)
                     for _ in range(node.integer("kv_num_heads")):
-                        yield at, length * codes
+                        yield at + begin * codes, length * codes
                         if scale:
-                            yield at + capacity * codes, length * scale
+                            yield at + capacity * codes + begin * scale, length * scale
                         at += capacity * (codes + scale)
 
     def _wait(self) -> None:

@@ -37,6 +37,7 @@ class CudaBatch(SequenceBatch):
     """
 
     name = "cuda-kernels"
+    block_tokens = 1
     open_device = staticmethod(open_gpu)
 
     def __init__(
@@ -70,6 +71,24 @@ class CudaBatch(SequenceBatch):
         """Measure the bytes per second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
+
+    def copied_bytes(self, tokens: int) -> int:
+        """Return the number of bytes of the cache of `tokens` tokens."""
+        return sum(nbytes for _, nbytes in self._executor.cache_parts(tokens))
+
+    def _read_cache(self, row: int, begin: int, end: int) -> NDArray[np.uint8]:
+        data, at = np.empty(self.copied_bytes(end - begin), np.uint8), 0
+        for address, nbytes in self._executor.cache_parts(end - begin, row=row, begin=begin):
+            self._loaded.device.download(address, data[at : at + nbytes])
+            at += nbytes
+        return data
+
+    def _write_cache(self, row: int, begin: int, end: int, data: NDArray[np.uint8]) -> None:
+        at = 0
+        for address, nbytes in self._executor.cache_parts(end - begin, row=row, begin=begin):
+            self._loaded.device.upload(address, data[at : at + nbytes])
+            at += nbytes
+        self._loaded.device.wait()
 
     def decode_sampled(
         self, tokens: Sequence[int] | NDArray[np.int64], samplers: Sequence[Sampler | None]

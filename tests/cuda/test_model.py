@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from gpu_bundles import write_bundle
 
+import edgelm
 from edgelm.bundle import Bundle, sha256_of
 from edgelm.errors import (
     BundleError,
@@ -23,6 +25,7 @@ from edgelm.errors import (
     GenerationError,
     RuntimeUnavailableError,
 )
+from edgelm.generation.options import Options
 from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.parity.check import check_parity
 from edgelm.runtimes import open_batch, open_runtime, runtimes
@@ -30,6 +33,7 @@ from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.model import CudaRuntime
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
+from edgelm.serving import engine
 
 RUNTIME = "cuda-emulated"
 FAMILIES = ("olmoe", "fox")
@@ -411,3 +415,44 @@ def test_is_the_matmul_behind_attention_what_attention_prefetches(bundles: Bundl
         (program.weights[name].offset, program.weights[name].size) for name in matrices
     ]
     assert all("o_proj" in name for name in matrices), matrices
+
+
+def test_do_requests_of_a_server_not_depend_on_each_other(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FIXED_CHUNK", 32)
+    shared = [5 + i * 7 % 900 for i in range(40)]
+    prompts = [shared, [*shared, 17, 44], [3, 9], [*shared[:33], 8]]
+
+    def ask(served: engine.Engine, wanted: Sequence[int]) -> list[tuple[list[tuple[int, float | None]], int]]:
+        asked: list[tuple[engine.Job, queue.Queue[engine.Event]]] = []
+        for index in wanted:
+            events: queue.Queue[engine.Event] = queue.Queue()
+            options = Options.of({"max_tokens": 3, "temperature": 1.1 * (index % 2), "seed": index})
+            # Without log-probabilities tokens are chosen on the device.
+            logprobs = 0 if index < 2 else None
+            answer = served.model.continuation(prompts[index], options)
+            asked.append((engine.Job(answer, events.put, logprobs=logprobs), events))
+            served.submit(asked[-1][0])
+        found = []
+        for _, events in asked:
+            tokens = []
+            while isinstance(event := events.get(timeout=300), engine.Token):
+                tokens.append((event.token, event.logprob))
+            assert isinstance(event, engine.Finished), event
+            found.append((tokens, event.generation.timings.reused_tokens))
+        return found
+
+    def serve() -> engine.Engine:
+        model = edgelm.load(bundles("olmoe", "int4").path, runtime=RUNTIME, context_length=64, chat=False)
+        return engine.Engine(model, slots=2)
+
+    alone = []
+    for index in range(len(prompts)):
+        served = serve()
+        alone += ask(served, [index])
+        served.close()
+    assert [reused for _, reused in alone] == [0] * 4
+    served = serve()
+    together = ask(served, [3, 2, 1, 0])[::-1]
+    served.close()
+    assert [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
+    assert [reused for _, reused in together] == [32, 32, 0, 0]
