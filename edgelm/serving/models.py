@@ -17,7 +17,7 @@ from edgelm.errors import EdgeLMError
 from edgelm.json_dataclass import ErrorFactory, read_json
 from edgelm.serving.api.answers import ModelEntry
 from edgelm.serving.api.errors import ApiError
-from edgelm.serving.cache_folder import CacheFolder
+from edgelm.serving.engine.cache_folder import CacheFolder
 from edgelm.serving.settings import Settings
 from edgelm.sizes import format_size
 from edgelm.version import __version__

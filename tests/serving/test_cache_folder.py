@@ -13,8 +13,8 @@ import pytest
 from serving_client import Asked
 
 from edgelm.errors import EdgeLMError
-from edgelm.serving.cache_folder import CacheFolder
 from edgelm.serving.engine import Engine
+from edgelm.serving.engine.cache_folder import CacheFolder
 
 EngineOf = Callable[..., Engine]
 PROMPT = np.random.default_rng(1).integers(3, 400, 200).tolist()
@@ -104,8 +104,8 @@ def test_is_the_least_recently_used_block_deleted(tmp_path: Path) -> None:
 
 def test_is_a_folder_used_by_one_process_only(tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path / "cache", 1000)
-    code = f"from edgelm.serving.cache_folder import *; CacheFolder(Path({str(tmp_path / 'cache')!r}), 1)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = f"from edgelm.serving.engine.cache_folder import *; CacheFolder(Path({str(tmp_path / 'cache')!r}), 1)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "is the --cache-dir of another process: choose another folder" in run.stderr
     folder.close()
     CacheFolder(tmp_path / "cache", 1000).close()

@@ -15,7 +15,7 @@ from edgelm.generation.scheduler import LogitsRule, ScheduledSequence, Scheduler
 from edgelm.generation.session_file import manifest_sha256
 from edgelm.generation.stream import Continuation, Generation
 from edgelm.runtimes import SequenceBatch
-from edgelm.serving.single import SingleSequence
+from edgelm.serving.engine.single import SingleSequence
 
 DEFAULT_SLOTS = 4
 DEFAULT_QUEUE = 64
