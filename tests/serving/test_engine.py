@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 from numpy.typing import NDArray
 from serving_client import Asked
 
+import edgelm
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import EdgeLMError, GenerationError, QueueFullError, TimeLimitError
+from edgelm.export import ExportOptions, export_bundle
 from edgelm.serving import engine as engine_module
 from edgelm.serving.engine import Engine, Failed, Finished
 
 EngineOf = Callable[..., Engine]
 VOCABULARY = 400
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
 
 def prompts() -> list[list[int]]:
@@ -26,6 +30,8 @@ def prompts() -> list[list[int]]:
     rng = np.random.default_rng(3)
     shared: list[int] = rng.integers(3, VOCABULARY, 200).tolist()
     own = [rng.integers(3, VOCABULARY, length).tolist() for length in (1, 5, 9, 31, 32, 33, 41, 64, 100, 260)]
+    # Its second block is that of another prompt, after another first one.
+    own.append([*own[9][:32][::-1], *own[9][32:100]])
     return [*own, shared, shared[:150] + own[3], shared[:96] + own[1], shared + own[4], own[8], shared[:161]]
 
 
@@ -45,11 +51,6 @@ def answers(engine: Engine, wanted: Sequence[Sequence[int]], order: Sequence[int
         result = asked[index].result
         found.append((result.tokens, [(token.logprob, token.top) for token in asked[index].tokens]))
     return found
-
-
-def alone(engine: Engine, wanted: Sequence[Sequence[int]]) -> list[Any]:
-    """Ask for one after the other."""
-    return [answers(engine, [prompt], [0])[0] for prompt in wanted]
 
 
 @pytest.mark.parametrize(("model", "recipe"), [("olmoe", "int4"), ("fox", "int8")])
@@ -82,9 +83,26 @@ def test_do_tokens_not_depend_on_neighbours_cuts_or_cached_prefixes(
         assert engine.statistics().reused_tokens > sum(map(len, wanted)) // 2
 
 
+def test_is_a_head_in_split_nibbles_exact_for_one_and_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgelm.export.graph.native.RESCORE", 3)
+    folder = tmp_path / "olmoe"
+    export_bundle(CHECKPOINTS / "olmoe-tiny", folder, recipe="int4", options=ExportOptions())
+    with edgelm.load(folder, threads=2, context_length=512, chat=False) as model:
+        rounded = model.runtime.prefill([5, 6]).copy()
+    engine = Engine(edgelm.load(folder, threads=2, context_length=512, chat=False), slots=8)
+    assert engine._batch.prefill(0, [5, 6]).tobytes() != rounded.tobytes()
+    one_by_one = []
+    for index, prompt in enumerate(prompts()):
+        asked = Asked(engine, prompt, **options(index))
+        engine.submit(asked.job)
+        one_by_one.append((asked.result.tokens, [(token.logprob, token.top) for token in asked.tokens]))
+    assert answers(engine, prompts(), range(len(prompts()))) == one_by_one
+    engine.close()
+
+
 def test_is_a_shared_prefix_computed_once(engine_of: EngineOf) -> None:
     engine = engine_of(context_length=512)
-    shared = prompts()[10]
+    shared = prompts()[11]
     asked = [Asked(engine, [*shared, 5 + index], max_tokens=2) for index in range(4)]
     for one in asked:
         engine.submit(one.job)
@@ -99,7 +117,7 @@ def test_is_a_shared_prefix_computed_once(engine_of: EngineOf) -> None:
 def test_does_the_prefix_cache_keep_to_its_memory(engine_of: EngineOf) -> None:
     block = engine_of()._batch.copied_bytes(32)
     engine = engine_of(context_length=512, prefix_bytes=3 * block)
-    for index, reused in [(9, 0), (9, 96), (10, 0), (10, 96), (9, 0), (0, 0), (9, 96)]:
+    for index, reused in [(9, 0), (9, 96), (11, 0), (11, 96), (9, 0), (0, 0), (9, 96)]:
         asked = Asked(engine, prompts()[index], max_tokens=1)
         engine.submit(asked.job)
         # Of a path that is too long, its beginning is kept.
