@@ -116,13 +116,15 @@ def test_is_a_shared_prefix_computed_once(engine_of: EngineOf) -> None:
 
 def test_does_the_prefix_cache_keep_to_its_memory(engine_of: EngineOf) -> None:
     block = engine_of()._batch.copied_bytes(32)
-    engine = engine_of(context_length=512, prefix_bytes=3 * block)
-    for index, reused in [(9, 0), (9, 96), (11, 0), (11, 96), (9, 0), (0, 0), (9, 96)]:
-        asked = Asked(engine, prompts()[index], max_tokens=1)
-        engine.submit(asked.job)
-        # Of a path that is too long, its beginning is kept.
-        assert asked.result.timings.reused_tokens == reused
-        assert engine.statistics().prefix_bytes <= 3 * block
+    # Of a path that is too long its beginning is kept, and of an old one its end is forgotten first.
+    small = [(9, 0), (9, 96), (11, 0), (11, 96), (9, 0), (0, 0), (9, 96)]
+    for blocks, order in [(3, small), (8, [(9, 0), (7, 0), (9, 192)])]:
+        engine = engine_of(context_length=512, prefix_bytes=blocks * block)
+        for index, reused in order:
+            asked = Asked(engine, prompts()[index], max_tokens=1)
+            engine.submit(asked.job)
+            assert asked.result.timings.reused_tokens == reused
+            assert engine.statistics().prefix_bytes <= blocks * block
 
 
 def test_do_others_decode_while_a_long_prompt_is_prefilled(
