@@ -147,7 +147,7 @@ def atomic_file(
         with disk_full_explained(place):
             with _explained(place):
                 descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            _lock(descriptor, f"another run is writing {place}: run the command again")
+            lock_file(descriptor, f"another run is writing {place}: run the command again")
             if os.name != "posix":  # there an open file cannot be renamed, and is not locked anyway
                 os.close(descriptor)
                 descriptor = -1
@@ -213,7 +213,7 @@ def lock_folder(folder: Path, busy: str) -> Iterator[bool]:
     with _explained(folder):
         descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
     try:
-        locked = _lock(descriptor, busy)
+        locked = lock_file(descriptor, busy)
         if locked and not _is_at(descriptor, folder):
             raise EdgeLMError(f"{folder} was replaced or removed just now: run the command again")
         yield locked
@@ -235,7 +235,7 @@ def _exclusive(place: Path) -> Iterator[bool]:
                 descriptor = -1
             with _explained(place):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            locked = _lock(descriptor, busy)
+            locked = lock_file(descriptor, busy)
             # A run that just ended may have removed the lock file after we opened it: then try again.
             ours = not locked or _is_at(descriptor, path)
         if place.is_dir():
@@ -255,7 +255,16 @@ def _exclusive(place: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, busy: str) -> bool:
+def lock_file(descriptor: int, busy: str) -> bool:
+    """Lock an open file against other runs until it is closed; return whether the file system has locks.
+
+    Args:
+        descriptor: the open file; a negative one is not locked.
+        busy: the message of the error where another run holds the lock.
+
+    Raises:
+        EdgeLMError: another run holds the lock.
+    """
     try:
         return _try_lock(descriptor)
     except BlockingIOError as error:

@@ -33,6 +33,7 @@ GROUPS = {
         "run": "Generate text that continues a prompt.",
         "chat": "Chat with a model.",
         "serve": "Serve models over HTTP with an API like OpenAI's.",
+        "batch": "Answer a file of requests, as of OpenAI's batches.",
         "install": "Copy a bundle to where an app loads it, and check it.",
         "package": "Write a kit: a bundle and what runs it on a device offline.",
     },
