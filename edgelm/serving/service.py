@@ -13,7 +13,9 @@ from edgelm.serving.api.errors import ApiError
 from edgelm.serving.guard import Client
 from edgelm.serving.metrics import Metrics
 from edgelm.serving.models import Models
+from edgelm.serving.parity import ParityChecks
 from edgelm.serving.settings import Settings
+from edgelm.serving.tracing import Tracer
 
 
 class Failing(Protocol):
@@ -31,6 +33,8 @@ class Service:
         models: its models.
         metrics: its figures.
         closing: whether it is being stopped: new requests are refused.
+        tracer: hidden states of the models.
+        parity: their parity checks.
         runs: generations that have not ended.
     """
 
@@ -38,6 +42,8 @@ class Service:
         self.settings = settings
         self.models = Models(settings)
         self.metrics = Metrics()
+        self.tracer = Tracer(settings.loading.get("threads"))
+        self.parity = ParityChecks({name: settings.loading.get(name) for name in ("threads", "kv")})
         self.closing = False
         self.runs: set[Failing] = set()
         self._active: Counter[str] = Counter()
@@ -104,4 +110,6 @@ class Service:
     async def close(self) -> None:
         """Unload the models."""
         self.closing = True
+        self.parity.close()
+        await asyncio.to_thread(self.tracer.close)
         await self.models.close()

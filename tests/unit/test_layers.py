@@ -79,7 +79,7 @@ ALLOWED = {
     "benchmark": "base bundle sampling runtimes",
     "measuring": "base bundle pages benchmark",
     "kit": "base bundle",
-    "serving": "base tokenization bundle generation runtimes",
+    "serving": "base models tokenization bundle runtimes generation parity",
     "releases": "base",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes preflight generation weights "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgelm.serving.api import answers, requests
 from edgelm.serving.api.openapi import Operation
-from edgelm.serving.endpoints import chat, completions, server
+from edgelm.serving.endpoints import chat, completions, hidden_states, parity, server
 
 OPERATIONS = (
     Operation("GET", "/v1/models", server.models, None, answers.ModelList),
@@ -14,6 +14,15 @@ OPERATIONS = (
     Operation(
         "POST", "/v1/completions", completions.create, requests.CompletionRequest, answers.CompletionAnswer, stream=True
     ),
+    Operation(
+        "POST", "/v1/embeddings", hidden_states.embeddings, requests.EmbeddingsRequest, answers.EmbeddingsAnswer
+    ),
+    Operation("POST", "/experts", hidden_states.experts, requests.ExpertsRequest, answers.ExpertsAnswer),
+    Operation(
+        "GET", "/parity", parity.last, None, answers.ParityState,
+        query=(("model", "name of the model; may be missing where the server has only one"),),
+    ),
+    Operation("POST", "/parity", parity.run, requests.ModelRequest, answers.ParityState),
     Operation("POST", "/tokenize", server.tokenize, requests.TokenizeRequest, answers.TokenizeAnswer),
     Operation("POST", "/detokenize", server.detokenize, requests.DetokenizeRequest, answers.DetokenizeAnswer),
     Operation("POST", "/models/load", server.load, requests.ModelRequest, answers.ModelEntry),
