@@ -76,6 +76,9 @@ def conversation_tokens(
             raise invalid(f"messages[{number}].content", f"messages[{number}].content is missing")
     given = [{name: value for name, value in plain(one).items() if name not in _DROPPED} for one in messages]
     try:
+        if "developer" not in model.running.model.chat_template.source:
+            # OpenAI's newer name of the system message.
+            given = [{**one, "role": "system"} if one["role"] == "developer" else one for one in given]
         if tools is None:
             return model.running.model.chat_tokens(History().messages(given), variables)
         more = {**(variables or {}), **tools.format.variables(tools.options)}

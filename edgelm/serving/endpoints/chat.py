@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Choice:
+class Choice:
     """One answer as it grows.
 
     Attributes:
@@ -110,21 +110,22 @@ class Chat:
         run.start()
         return run
 
-    def _choices(self) -> list[_Choice]:
+    def choices(self) -> list[Choice]:
+        """Return the answers before they begin."""
         tools = self._tools
         calling = tools is not None and tools.options.choice != "none"
         return [
-            _Choice(tools.format.parser(tools.options) if tools is not None and calling else None) for _ in self._orders
+            Choice(tools.format.parser(tools.options) if tools is not None and calling else None) for _ in self._orders
         ]
 
     async def whole(self, run: Run) -> ChatAnswer:
         """Return the answer when it is complete. Raises as `Run.events`."""
-        choices = self._choices()
+        choices = self.choices()
         async for found in run.events():
             for index, item in found:
                 if isinstance(item, Token):
                     choices[index].take(item.text)
-                    self._logprobs(choices[index], item)
+                    self.logprobs(choices[index], item)
                 else:
                     choices[index].take("", last=True)
         answers = []
@@ -136,46 +137,48 @@ class Chat:
             logprobs = ChatLogprobs(choice.logprobs) if self._request.logprobs else None
             answers.append(ChatChoice(index, message, self._reason(choice, generation), logprobs))
         return ChatAnswer(
-            self._id, "chat.completion", self._created, self._model.name, answers, self._usage(run),
+            self._id, "chat.completion", self._created, self._model.name, answers, self.usage(run),
             self._model.fingerprint,
         )  # fmt: skip
 
-    def _reason(self, choice: _Choice, generation: Generation) -> str:
+    def _reason(self, choice: Choice, generation: Generation) -> str:
         called = choice.parser is not None and choice.parser.calls > 0
         named = self._tools is not None and self._tools.options.named
         # As OpenAI: a call that was asked for by name ends with "stop".
         return "tool_calls" if called and not named and generation.stop_reason != "length" else reason_of(generation)
 
-    def _logprobs(self, choice: _Choice, token: Token) -> list[TokenLogprob]:
+    def logprobs(self, choice: Choice, token: Token) -> list[TokenLogprob]:
+        """Add a token's log-probabilities to an answer if they are asked for; return those that are new."""
         if not self._request.logprobs or token.token in self._end_ids:
             return []
         choice.logprobs.append(token_logprob(self._tokenizer, token))
         return choice.logprobs[-1:]
 
-    def _usage(self, run: Run) -> Usage:
+    def usage(self, run: Run) -> Usage:
+        """Return the token counts."""
         return run.usage(len(self._prompt))
 
     async def stream(self, run: Run, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
         """Yield the events of the answer; `stack` is closed at the end."""
         async with stack:
-            choices = self._choices()
+            choices = self.choices()
             try:
                 for index in range(len(choices)):
                     yield self._chunk(index, {"role": "assistant", "content": ""})
                 async for found in run.events():
                     yield b"".join(self._chunks(choices, found)) if found else PING
                 if self._with_usage:
-                    yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self._usage(run)))})
+                    yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self.usage(run)))})
             except ApiError as error:
                 yield error_event(error)
             yield DONE
 
-    def _chunks(self, choices: list[_Choice], found: list[tuple[int, Token | Finished]]) -> list[bytes]:
+    def _chunks(self, choices: list[Choice], found: list[tuple[int, Token | Finished]]) -> list[bytes]:
         chunks = []
         for index, item in found:
             choice = choices[index]
             ended = isinstance(item, Finished)
-            logprobs = [] if isinstance(item, Finished) else self._logprobs(choice, item)
+            logprobs = [] if isinstance(item, Finished) else self.logprobs(choice, item)
             deltas = choice.take("" if isinstance(item, Finished) else item.text, last=ended)
             if logprobs and not deltas:
                 deltas = [ContentDelta("")]

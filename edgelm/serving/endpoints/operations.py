@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from edgelm.serving.api import answers, requests
 from edgelm.serving.api.openapi import Operation
-from edgelm.serving.endpoints import chat, completions, hidden_states, parity, server
+from edgelm.serving.api.responses import ResponsesAnswer, ResponsesRequest
+from edgelm.serving.endpoints import chat, completions, hidden_states, parity, responses, server
 
 OPERATIONS = (
     Operation("GET", "/v1/models", server.models, None, answers.ModelList),
@@ -13,6 +14,9 @@ OPERATIONS = (
     ),
     Operation(
         "POST", "/v1/completions", completions.create, requests.CompletionRequest, answers.CompletionAnswer, stream=True
+    ),
+    Operation(
+        "POST", "/v1/responses", responses.create, ResponsesRequest, ResponsesAnswer, stream=True
     ),
     Operation(
         "POST", "/v1/embeddings", hidden_states.embeddings, requests.EmbeddingsRequest, answers.EmbeddingsAnswer
