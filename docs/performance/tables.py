@@ -4,7 +4,8 @@
     python docs/performance/tables.py --check     exit code 1 if a page has another table
 
 A page holds `<!-- table: NAME -->`, the table, and `<!-- /table -->`. `peers.json` is what `tests/bench/vs_peers.py
---out` writes. `NAME_quality.json` has the last line that `tests/bench/NAME_quality.py` prints, with date and command.
+--out` writes, `serving.json` what `tests/bench/serving.py --out` writes. `NAME_quality.json` has the last line that
+`tests/bench/NAME_quality.py` prints, with date and command.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
+sys.path[:0] = [str(ROOT / "docs" / "performance"), str(ROOT / "tests" / "bench")]
 
 import figures  # noqa: E402  found by the line above
+import serving_tables  # noqa: E402
 from figures import LLAMAS, MACHINE, NATIVE, NATIVE_INT8, OPENVINO, PEERS, PORTABLE  # noqa: E402
 
 from edgelm.models import decoder  # noqa: E402
@@ -394,6 +396,10 @@ def table(name: str, folder: Path) -> list[str]:
     if name in ACTIVATIONS:
         return both_models(
             json.loads((folder / "activation_quality.json").read_text(encoding="utf-8")), *ACTIVATIONS[name]
+        )
+    if name.startswith("serving-"):
+        return serving_tables.serving(
+            json.loads((folder / "serving.json").read_text(encoding="utf-8")), name.removeprefix("serving-")
         )
     if name == "presets" or name.startswith("schemes-"):
         document = json.loads((folder / "quantize_quality.json").read_text(encoding="utf-8"))
