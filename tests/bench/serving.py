@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from peers import Worker, Workplace
 from serving_load import Round, figures_of, ratios, run, share
-from serving_servers import LLAMA, OURS, Command, Server, llama, ours
+from serving_servers import LLAMA, MODEL, OURS, Command, Server, busy_seconds, llama, ours
 from vs_peers import SETTLE, TINY, say
 
 import edgelm
@@ -49,6 +49,8 @@ DISTINCT, SHARED = "distinct", "shared"
 CLIENTS = (1, 4, 8, 16)
 # An idle server may wake up now and then, but not spin.
 IDLE_SHARE = 0.03
+# More CPU time of other processes than this spoils a round; the system itself takes a little.
+BUSY_SHARE = 0.1
 FIGURES = {"rate": "tokens/s", "first50": "first p50", "first99": "first p99", "gap50": "gap p50", "gap99": "gap p99"}
 
 
@@ -95,7 +97,7 @@ class Requests:
 def body(command: Command, prompt: Sequence[int], new: int) -> dict[str, Any]:
     """Return the JSON of a streamed, greedy request for `new` tokens."""
     return {
-        "model": "default", "prompt": list(prompt), "max_tokens": new, "temperature": 0, "stream": True,
+        "model": MODEL, "prompt": list(prompt), "max_tokens": new, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, **command.fields,
     }  # fmt: skip
 
@@ -155,13 +157,13 @@ def measure_alone(model: edgelm.LanguageModel, prompts: Sequence[Sequence[Sequen
 def measure_once(server: Server, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> dict[str, Any]:
     """Send the prompts of every client to a server; return the figures."""
     time.sleep(SETTLE)
-    before = server.cpu_seconds()
+    before, busy = server.cpu_seconds(), busy_seconds()
     load = run(server.base, [[body(server.command, prompt, new) for prompt in mine] for mine in prompts])
-    cpu = server.cpu_seconds() - before
+    cpu, busy = server.cpu_seconds() - before, busy_seconds() - busy
     short = [answer.tokens for answer in load.all if answer.tokens != new]
     if short:
         raise SystemExit(f"{server.command.name} gave answers of {short} tokens instead of {new}")
-    return figures_of(load, cpu)
+    return figures_of(load, cpu, busy)
 
 
 def measure(
@@ -193,6 +195,8 @@ def measure(
                     found.append(done)
                     what = f"{column}, {workload}, {clients} clients, round {number + 1}"
                     say(f"{what}: {name} {done.rate:.1f} tokens/s in {done.seconds:.0f} s")
+                    if done.other_share > BUSY_SHARE:
+                        say(f"other processes took {done.other_share:.2f} of a core: the figures are worth little")
     for server in servers:
         print(f"{column}: {server.command.name} had up to {server.peak_bytes() / 2**30:.1f} GiB of memory")
     return found
@@ -215,15 +219,17 @@ def table(rounds: Sequence[Round]) -> str:
             last = own[-1]
             computed = "" if last.computed is None else f", computed {last.computed}"
             cells.append(f"prompt tokens {last.prompt_tokens}{computed}")
-            cells.append(f"CPU: server {last.server_share:.2f}, clients {last.client_share:.3f}")
+            others = max(item.other_share for item in own)
+            cells.append(f"CPU: server {last.server_share:.2f}, clients {last.client_share:.3f}, others {others:.2f}")
             alone = [item.rate / item.alone for item in own if item.alone]
             cells += [f"{100 * statistics.median(alone):.0f} % of generate_many"] if alone else []
             lines.append(f"  {engine:<10}{len(own)} x {last.requests}: " + "; ".join(cells))
         found = {field: ratios(mine, field, OURS, LLAMA) for field in FIGURES}
         if found["rate"]:
             cells = [
-                f"{label} {statistics.median(found[field]):.2f} ({min(found[field]):.2f} .. {max(found[field]):.2f})"
-                for field, label in FIGURES.items()
+                f"{FIGURES[field]} {statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
+                for field, values in found.items()
+                if values
             ]
             lines.append(f"  {OURS} / {LLAMA}: " + "; ".join(cells))
     return "\n".join(lines)

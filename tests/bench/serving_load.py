@@ -245,6 +245,7 @@ class Round:
         gap50, gap99: seconds between two tokens of an answer, likewise, over all answers.
         computed: prompt tokens that the server computed; None if it does not tell.
         client_share, server_share: CPU time of the load generator and of the server, as a share of one core.
+        other_share: CPU time of everything else on the machine, which should be none.
         bandwidth: bytes per second that the memory gives right after the round; None if it was not measured.
         alone: tokens per second of `generate_many` for the same requests without a server; None if not measured.
     """
@@ -267,6 +268,7 @@ class Round:
     gap99: float
     client_share: float
     server_share: float
+    other_share: float
     bandwidth: float | None = None
     alone: float | None = None
 
@@ -280,8 +282,12 @@ class Round:
         return asdict(self)
 
 
-def figures_of(load: Load, server_cpu_seconds: float) -> dict[str, Any]:
-    """Return the fields of `Round` that come from the answers."""
+def figures_of(load: Load, server_cpu_seconds: float, busy_seconds: float) -> dict[str, Any]:
+    """Return the fields of `Round` that come from the answers, and the shares of the CPU.
+
+    Args:
+        busy_seconds: CPU time of all processes of the machine.
+    """
     answers = load.all
     gaps = [gap for answer in answers for gap in answer.gaps]
     first = [answer.first for answer in answers]
@@ -301,15 +307,19 @@ def figures_of(load: Load, server_cpu_seconds: float) -> dict[str, Any]:
         "gap99": percentile(gaps, 99),
         "client_share": load.cpu_seconds / load.seconds,
         "server_share": server_cpu_seconds / load.seconds,
+        "other_share": max(0.0, busy_seconds - server_cpu_seconds - load.cpu_seconds) / load.seconds,
     }
 
 
 def ratios(rounds: Iterable[Round], field: str, ours: str, theirs: str) -> list[float]:
-    """Return ours / theirs of a field of `Round`, for every pair of rounds that belong together."""
+    """Return ours / theirs of a field of `Round`, for every pair of rounds that belong together.
+
+    A pair whose second figure is 0 has no ratio: tiny models answer with several tokens in one packet.
+    """
     found: dict[tuple[str, str, int, str, int], dict[str, float]] = {}
     for item in rounds:
         found.setdefault(item.key, {})[item.engine] = getattr(item, field)
-    return [pair[ours] / pair[theirs] for pair in found.values() if ours in pair and theirs in pair]
+    return [pair[ours] / pair[theirs] for pair in found.values() if ours in pair and pair.get(theirs)]
 
 
 def share(rounds: Iterable[Round], bytes_per_token: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 import edgelm
 
 OURS, LLAMA = "edgelm", "llama.cpp"
+MODEL = "default"
 START_SECONDS = 300.0
 
 
@@ -42,8 +42,8 @@ class Command:
 
 def ours(bundle: Path, *, slots: int, threads: int, context: int, bytes_per_token: float) -> Command:
     """Return the command of `edgelm serve`."""
-    asked = [sys.executable, "-P", "-m", "edgelm", "serve", str(bundle), "--port", "{port}", "--slots", str(slots)]
-    asked += ["--threads", str(threads), "--context", str(context)]
+    asked = [sys.executable, "-P", "-m", "edgelm", "serve", f"{MODEL}={bundle}", "--port", "{port}"]
+    asked += ["--slots", str(slots), "--threads", str(threads), "--context-length", str(context)]
     return Command(OURS, asked, "/health", bytes_per_token, {"ignore_eos": True})
 
 
@@ -66,6 +66,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def busy_seconds() -> float:
+    """Return the time that the cores have worked for any process since the machine started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    # user, nice, system, idle, iowait, irq, softirq
+    return (sum(fields[:3]) + sum(fields[5:7])) / os.sysconf("SC_CLK_TCK")
 
 
 class Server:
@@ -93,19 +100,6 @@ class Server:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False
-
-    def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the JSON of a completion that is not streamed."""
-        content = json.dumps(body).encode()
-        asked = urllib.request.Request(
-            self.base + "/v1/completions", content, {"Content-Type": "application/json"}
-        )  # fmt: skip
-        try:
-            with urllib.request.urlopen(asked, timeout=START_SECONDS) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"{self.command.name}: {error}: {error.read()[:500]!r}") from error
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the process has taken."""

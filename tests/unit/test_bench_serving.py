@@ -38,7 +38,7 @@ def answer(sent: float, *times: float, tokens: int = 0, cached: int | None = 0) 
 
 ROUND = Round(
     "fox int4", "distinct", 8, "t", 0, OURS, requests=8, tokens=64, prompt_tokens=80, computed=80, seconds=1.0, rate=64,
-    first50=1, first99=2, gap50=0.1, gap99=0.2, client_share=0.01, server_share=2,
+    first50=1, first99=2, gap50=0.1, gap99=0.2, client_share=0.01, server_share=2, other_share=0,
 )  # fmt: skip
 
 
@@ -108,18 +108,19 @@ def test_a_percentile_is_the_nearest_rank() -> None:
 
 def test_the_rate_counts_all_clients_from_the_first_request_to_the_last_answer() -> None:
     load = Load([[answer(0, 1, 2), answer(2, 3, 4)], [answer(1, 4, 9, tokens=4)]], cpu_seconds=0.9)
-    found = figures_of(load, server_cpu_seconds=18)
+    found = figures_of(load, server_cpu_seconds=18, busy_seconds=20.7)
     assert found["seconds"] == 9
     assert found["rate"] == 8 / 9
     assert (found["first50"], found["first99"]) == (1, 3)
     assert (found["gap50"], found["gap99"]) == (1, 5)
     assert (found["client_share"], found["server_share"]) == (0.1, 2)
+    assert found["other_share"] == pytest.approx(0.2)
 
 
 def test_computed_prompt_tokens_are_known_only_if_every_answer_tells() -> None:
     known = Load([[answer(0, 1, 2, cached=9), answer(2, 3, 4, cached=0)]], 0)
-    assert figures_of(known, 0)["computed"] == 11
-    assert figures_of(Load([[*known.all, answer(4, 5, 6, cached=None)]], 0), 0)["computed"] is None
+    assert figures_of(known, 0, 0)["computed"] == 11
+    assert figures_of(Load([[*known.all, answer(4, 5, 6, cached=None)]], 0), 0, 0)["computed"] is None
 
 
 def test_ratios_are_of_rounds_that_belong_together() -> None:
