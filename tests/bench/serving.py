@@ -8,8 +8,8 @@ Both servers are started with the same weights (int4; Q4_0), threads and slots, 
 completions of token ids, greedy, that ignore the end token. 1, 4, 8 and 16 clients each send requests back to back:
     distinct  prompts of 256 tokens with nothing in common
     shared    prompts of 1,000 tokens in common, which no server has seen before, and 24 of their own
-Answers have 64 tokens. For each number of clients the servers are measured in turn, and the first one alternates; both
-are loaded, and the one that waits must take no CPU time.
+Answers have 64 tokens on average, 32 to 96, so that clients do not end in step. For each number of clients the servers
+are measured in turn, and the first one alternates; both are loaded, and the one that waits must take no CPU time.
 
 Checked before: our answers equal those of `model.generate`, alone and with other clients; llama-server's are not empty
 and have the right length.
@@ -25,10 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ import edgelm
 from edgelm import devices
 from edgelm.benchmark import bytes_per_token, read_bandwidth
 from edgelm.bundle import Bundle
+from edgelm.generation.options import GenerateOptions
 
 DISTINCT, SHARED = "distinct", "shared"
 CLIENTS = (1, 4, 8, 16)
@@ -68,16 +70,24 @@ class Sizes:
     @property
     def context(self) -> int:
         """Tokens that a slot must hold."""
-        return max(self.prompt, self.prefix + self.own) + self.new
+        return max(self.prompt, self.prefix + self.own) + 2 * self.new
 
 
 QUICK = Sizes(prompt=32, prefix=96, own=8, new=8, requests=1, rounds=1)
 
 
-class Requests:
-    """The prompts of a round; equal seeds give equal prompts. `vocabulary`: ids are below it."""
+@dataclass(frozen=True)
+class Asked:
+    """A request for `new` tokens after a prompt."""
 
-    def __init__(self, seed: int, vocabulary: int, sizes: Sizes) -> None:
+    prompt: list[int]
+    new: int
+
+
+class Requests:
+    """The requests of a round; equal seeds give equal ones. `vocabulary`: ids are below it."""
+
+    def __init__(self, seed: int | Sequence[int], vocabulary: int, sizes: Sizes) -> None:
         self.generator = np.random.default_rng(seed)
         self.vocabulary, self.sizes = vocabulary, sizes
 
@@ -86,18 +96,23 @@ class Requests:
         found: list[int] = self.generator.integers(260, self.vocabulary, count).tolist()
         return found
 
-    def prompts(self, workload: str, clients: int) -> list[list[list[int]]]:
-        """Return the prompts of each client."""
+    def of(self, workload: str, clients: int) -> list[list[Asked]]:
+        """Return the requests of each client."""
         sizes = self.sizes
         prefix = self.ids(sizes.prefix) if workload == SHARED else []
         own = sizes.own if workload == SHARED else sizes.prompt
-        return [[prefix + self.ids(own) for _ in range(sizes.requests)] for _ in range(clients)]
+        return [[Asked(prefix + self.ids(own), self.length()) for _ in range(sizes.requests)] for _ in range(clients)]
+
+    def length(self) -> int:
+        """Return the length of an answer: on average `sizes.new`, at least half of it."""
+        new = self.sizes.new
+        return int(self.generator.integers(new - new // 2, new + new // 2 + 1))
 
 
-def body(command: Command, prompt: Sequence[int], new: int) -> dict[str, Any]:
-    """Return the JSON of a streamed, greedy request for `new` tokens."""
+def body(command: Command, asked: Asked) -> dict[str, Any]:
+    """Return the JSON of a streamed, greedy request."""
     return {
-        "model": MODEL, "prompt": list(prompt), "max_tokens": new, "temperature": 0, "stream": True,
+        "model": MODEL, "prompt": asked.prompt, "max_tokens": asked.new, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, **command.fields,
     }  # fmt: skip
 
@@ -108,14 +123,14 @@ def check(bundle: Path, servers: Sequence[Server], vocabulary: int, sizes: Sizes
     Raises:
         SystemExit: an answer is wrong; nothing is timed.
     """
-    prompts = [mine[0] for mine in Requests(1, vocabulary, sizes).prompts(DISTINCT, clients)]
+    asked = [mine[0] for mine in Requests(1, vocabulary, sizes).of(DISTINCT, clients)]
     for server in servers:
-        bodies = [body(server.command, prompt, sizes.new) for prompt in prompts]
+        bodies = [body(server.command, one) for one in asked]
         together = run(server.base, [[mine] for mine in bodies]).all
         alone = run(server.base, [bodies[:2]]).all
-        for answer in (*together, *alone):
-            if not (answer.text and answer.tokens == sizes.new and answer.finish == "length"):
-                raise SystemExit(f"{server.command.name} gave {answer.tokens} of {sizes.new} tokens: {answer.finish}")
+        for answer, one in zip((*together, *alone), (*asked, *asked), strict=False):
+            if not (answer.text and answer.tokens == one.new and answer.finish == "length"):
+                raise SystemExit(f"{server.command.name} gave {answer.tokens} of {one.new} tokens: {answer.finish}")
         same = sum(a.text == b.text for a, b in zip(alone, together, strict=False))
         print(f"{server.command.name}: {same} of {len(alone)} answers are the same with {clients} clients and with one")
         if server.command.name != OURS:
@@ -125,7 +140,7 @@ def check(bundle: Path, servers: Sequence[Server], vocabulary: int, sizes: Sizes
             raise SystemExit(f"{OURS}: other clients change an answer")
         with edgelm.load(bundle, chat=False, threads=threads) as model:
             model.end_ids = frozenset()
-            wanted = [model.generate(prompt, max_tokens=sizes.new).text for prompt in prompts]
+            wanted = [model.generate(one.prompt, max_tokens=one.new).text for one in asked]
         equal = sum(answer.text == text for answer, text in zip(together, wanted, strict=True))
         print(f"{OURS}: {equal} of {len(wanted)} answers equal those of model.generate")
         if equal != len(wanted):
@@ -144,25 +159,27 @@ def check_idle(servers: Sequence[Server], seconds: float) -> None:
             raise SystemExit(f"{server.command.name} computes without a request: nothing is timed")
 
 
-def measure_alone(model: edgelm.LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> float:
-    """Return the tokens per second of `generate_many` for the prompts of all clients."""
+def measure_alone(model: edgelm.LanguageModel, requests: Sequence[Sequence[Asked]]) -> float:
+    """Return the tokens per second of `generate_many` for the requests of all clients."""
     time.sleep(SETTLE)
     # All first requests, then all second ones, as clients that begin together send them.
-    flat = [list(prompt) for turn in zip(*prompts, strict=True) for prompt in turn]
+    flat = [asked for turn in zip(*requests, strict=True) for asked in turn]
+    each: list[GenerateOptions] = [{"max_tokens": asked.new} for asked in flat]
     began = time.perf_counter()
-    answers = model.generate_many(flat, batch=len(prompts), max_tokens=new)
+    answers = model.generate_many([asked.prompt for asked in flat], batch=len(requests), each=each)
     return sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - began)
 
 
-def measure_once(server: Server, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> dict[str, Any]:
-    """Send the prompts of every client to a server; return the figures."""
+def measure_once(server: Server, requests: Sequence[Sequence[Asked]]) -> dict[str, Any]:
+    """Send the requests of every client to a server; return the figures."""
     time.sleep(SETTLE)
     before, busy = server.cpu_seconds(), busy_seconds()
-    load = run(server.base, [[body(server.command, prompt, new) for prompt in mine] for mine in prompts])
+    load = run(server.base, [[body(server.command, asked) for asked in mine] for mine in requests])
     cpu, busy = server.cpu_seconds() - before, busy_seconds() - busy
-    short = [answer.tokens for answer in load.all if answer.tokens != new]
-    if short:
-        raise SystemExit(f"{server.command.name} gave answers of {short} tokens instead of {new}")
+    for mine, answers in zip(requests, load.answers, strict=True):
+        for asked, answer in zip(mine, answers, strict=True):
+            if answer.tokens != asked.new:
+                raise SystemExit(f"{server.command.name} gave {answer.tokens} tokens instead of {asked.new}")
     return figures_of(load, cpu, busy)
 
 
@@ -173,33 +190,29 @@ def measure(
     options: argparse.Namespace,
     weights: Path,
     model: edgelm.LanguageModel | None,
-) -> list[Round]:
+) -> Iterator[Round]:
     """Measure all workloads and numbers of clients, the servers in turn; `model` does the same without a server."""
-    found = []
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     sizes: Sizes = options.sizes
     for number in range(sizes.rounds):
         for workload in options.workload:
             for clients in options.clients:
                 # Prompts that no server has seen: the clock is part of the seed.
-                seed = [time.time_ns(), number, clients]
-                prompts = Requests(seed, vocabulary, sizes).prompts(workload, clients)  # type: ignore[arg-type]
+                requests = Requests([time.time_ns(), number, clients], vocabulary, sizes).of(workload, clients)
                 turns = servers if (number + clients.bit_length()) % 2 else servers[::-1]
                 for server in turns:
                     name = server.command.name
-                    figures = measure_once(server, prompts, sizes.new)
-                    bandwidth = read_bandwidth(options.threads, weights) if clients == 1 else None
-                    alone = measure_alone(model, prompts, sizes.new) if model and name == OURS else None
-                    figures = {**figures, "bandwidth": bandwidth, "alone": alone}
+                    figures = measure_once(server, requests)
+                    figures["bandwidth"] = read_bandwidth(options.threads, weights) if clients == 1 else None
+                    figures["alone"] = measure_alone(model, requests) if model and name == OURS else None
                     done = Round(column, workload, clients, started, number, name, **figures)
-                    found.append(done)
-                    what = f"{column}, {workload}, {clients} clients, round {number + 1}"
-                    say(f"{what}: {name} {done.rate:.1f} tokens/s in {done.seconds:.0f} s")
+                    say(
+                        f"{column}, {workload}, {clients} clients, round {number + 1}: {name} {done.rate:.1f} tokens/s "
+                        f"in {done.seconds:.0f} s, p99 between tokens {1000 * done.gap99:.0f} ms"
+                    )
                     if done.other_share > BUSY_SHARE:
                         say(f"other processes took {done.other_share:.2f} of a core: the figures are worth little")
-    for server in servers:
-        print(f"{column}: {server.command.name} had up to {server.peak_bytes() / 2**30:.1f} GiB of memory")
-    return found
+                    yield done
 
 
 def table(rounds: Sequence[Round]) -> str:
@@ -246,6 +259,17 @@ def shares(rounds: Sequence[Round], bytes_read: dict[str, dict[str, float]]) -> 
     return found
 
 
+def report(rounds: Sequence[Round], bytes_read: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
+    """Return the JSON line."""
+    return json.dumps(
+        {
+            "date": time.strftime("%Y-%m-%d"), "cpu": devices.describe().cpu, "threads": options.threads,
+            "slots": options.slots, "sizes": vars(options.sizes), "shares": shares(rounds, bytes_read),
+            "rounds": [item.as_dict() for item in rounds],
+        }
+    )  # fmt: skip
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,12 +284,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=16, help="sequences that a server decodes together")
     parser.add_argument("--requests", type=int, help="of each client in a round")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--new", type=int, help="tokens of an answer")
+    parser.add_argument("--new", type=int, help="mean number of tokens of an answer")
     parser.add_argument("--threads", type=int, default=devices.allowed_cores())
     parser.add_argument("--quick", action="store_true", help="small sizes; without --checkpoint the tiny checkpoints")
     parser.add_argument("--alone", action="store_true", help="measure generate_many with the same requests too")
     parser.add_argument("--no-check", action="store_true", help="an earlier run has checked the same files")
-    parser.add_argument("--out", type=Path, help="write the JSON line to this file too")
+    parser.add_argument("--out", type=Path, help="write the JSON line to this file too, after every round")
     parser.add_argument("--add", type=Path, action="append", default=[], help="results of an earlier run, to print too")
     options = parser.parse_args(arguments)
     if not (options.checkpoint or options.quick or options.add):
@@ -305,6 +329,7 @@ def commands(name: str, options: argparse.Namespace, place: Workplace, bundle: B
 def main() -> int:
     """Parse the command line, make missing files, check, measure, and print."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     options.work.mkdir(parents=True, exist_ok=True)
     place = Workplace(options.work, options.threads, options.llama_python, "")
     print(f"{devices.describe().cpu}, {options.threads} threads, load average {os.getloadavg()[0]:.2f}")
@@ -333,17 +358,16 @@ def main() -> int:
             if options.alone:
                 model = stack.enter_context(edgelm.load(opened.path, chat=False, threads=options.threads))
                 model.end_ids = frozenset()
-            rounds += measure(column, servers, vocabulary, options, bundle.weights, model)
+            for done in measure(column, servers, vocabulary, options, bundle.weights, model):
+                rounds.append(done)
+                if options.out:
+                    options.out.write_text(report(rounds, read, options) + "\n", encoding="utf-8")
+            for server in servers:
+                say(f"{column}: {server.command.name} had up to {server.peak_bytes() / 2**30:.1f} GiB of memory")
     print(f"\nmedian (least .. greatest) of the rounds\n{table(rounds)}")
     for item in shares(rounds, read):
         print(f"{item['column']}, 1 client: {item['engine']} reads at {100 * item['share']:.0f} % of the bandwidth")
-    line = json.dumps(
-        {
-            "date": time.strftime("%Y-%m-%d"), "cpu": devices.describe().cpu, "threads": options.threads,
-            "slots": options.slots, "sizes": vars(options.sizes), "shares": shares(rounds, read),
-            "rounds": [item.as_dict() for item in rounds],
-        }
-    )  # fmt: skip
+    line = report(rounds, read, options)
     if options.out:
         options.out.write_text(line + "\n", encoding="utf-8")
     print(f"\n{line}")

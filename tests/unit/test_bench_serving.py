@@ -141,14 +141,22 @@ def test_the_share_of_the_bandwidth_is_of_one_client() -> None:
 
 def test_only_the_shared_workload_has_a_common_prefix() -> None:
     sizes = serving.Sizes(prompt=6, prefix=5, own=2, requests=2)
-    shared = [prompt for mine in serving.Requests(1, 400, sizes).prompts(serving.SHARED, 3) for prompt in mine]
+    shared = [asked.prompt for mine in serving.Requests(1, 400, sizes).of(serving.SHARED, 3) for asked in mine]
     assert len({tuple(prompt[:5]) for prompt in shared}) == 1
     assert len({tuple(prompt) for prompt in shared}) == 6
     assert {len(prompt) for prompt in shared} == {7}
-    distinct = [prompt for mine in serving.Requests(1, 400, sizes).prompts(serving.DISTINCT, 3) for prompt in mine]
+    distinct = [asked.prompt for mine in serving.Requests(1, 400, sizes).of(serving.DISTINCT, 3) for asked in mine]
     assert len({tuple(prompt[:2]) for prompt in distinct}) == 6
     assert {len(prompt) for prompt in distinct} == {6}
     assert all(260 <= token < 400 for prompt in [*shared, *distinct] for token in prompt)
+
+
+def test_answers_differ_in_length_and_fit_the_context() -> None:
+    sizes = serving.Sizes(new=64, requests=100)
+    lengths = [asked.new for mine in serving.Requests(1, 400, sizes).of(serving.DISTINCT, 2) for asked in mine]
+    assert (min(lengths), max(lengths)) == (32, 96)
+    assert sum(lengths) / len(lengths) == pytest.approx(64, abs=3)
+    assert sizes.context >= sizes.prefix + sizes.own + 96
 
 
 def test_the_table_has_medians_spread_and_ratios() -> None:
