@@ -5,9 +5,10 @@ grammars are llguidance's. `tool_format` finds out how a model writes the calls 
 `ToolFormat` makes the grammar that forces a call, and the parser that finds the calls in an answer.
 """
 
+from edgelm.serving.constraints.detection import require_tool_format, tool_format
 from edgelm.serving.constraints.grammar import Grammar, GrammarRule
 from edgelm.serving.constraints.response_format import grammar_for
-from edgelm.serving.constraints.tool_format import ToolFormat, require_tool_format, tool_format
+from edgelm.serving.constraints.tool_format import ToolFormat
 from edgelm.serving.constraints.tool_parser import Call, CallDelta, ContentDelta, Delta, ToolParser, collect
 from edgelm.serving.constraints.tools import ToolOptions
 from edgelm.serving.constraints.vocabulary import GrammarTokenizer

@@ -16,6 +16,8 @@ from edgelm.serving.constraints.json_schema import WHITESPACE
 from edgelm.serving.constraints.tool_parser import CallReader, MalformedError, Reading, ToolParser, read_string
 
 ARGUMENTS = ("arguments", "parameters")
+NAME = "\0"
+"""Stands for a function's name."""
 _KNOWN = ("name", "function", "type", "id", *ARGUMENTS)
 _ID, _QUOTE = ', "id": "', '"'
 _CLOSE = {"{": "}", "[": "]"}
@@ -36,12 +38,10 @@ class CallSyntax(CallReader):
     """How a model writes calls.
 
     Attributes:
-        name: its name, for messages.
         ends: texts that end calls; each may be a special token.
         between: text between a call and the next marker; None where one marker is for all calls.
     """
 
-    name: str
     ends: tuple[str, ...] = ()
     between: str | None = None
 
@@ -74,29 +74,31 @@ def _either(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class JsonCalls(CallSyntax):
-    """Calls as JSON objects: `{"name": ..., "arguments": {...}}`, one after a marker, or an array of them.
+    """Calls as JSON objects after a marker: `{"name": ..., "arguments": {...}}`.
 
     Attributes:
-        name: see `CallSyntax`.
         marker: the text before the calls.
-        end: the text after them; empty where there is none.
-        array: whether the calls are an array after one marker; otherwise each has its own marker.
-        space: whitespace between a marker and JSON.
-        key: the key of the arguments.
-        bare: see `CallSyntax`. The marker may then be missing.
-        short_ids: see `CallSyntax`.
+        open: text between the marker and the first call: whitespace, and "[" for an array.
+        close: text after the last call, before `end`.
+        end: the marker after the calls; empty where there is none.
+        head: the beginning of a call up to its arguments, with `NAME` for the function's name.
+        separator: text between calls after one marker.
         between: see `CallSyntax`.
+        bare: see `CallSyntax`. The marker may then be missing.
+        own_id: whether the model writes an id of its own after the arguments. It is not used.
+        short_ids: see `CallSyntax`.
     """
 
-    name: str
     marker: str
+    open: str = ""
+    close: str = ""
     end: str = ""
-    array: bool = False
-    space: str = ""
-    key: str = "arguments"
-    bare: bool = False
-    short_ids: bool = False
+    head: str = f'{{"name": "{NAME}", "arguments": '
+    separator: str = ", "
     between: str | None = None
+    bare: bool = False
+    own_id: bool = False
+    short_ids: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:  # type: ignore[override] # read-only here
@@ -117,7 +119,7 @@ class JsonCalls(CallSyntax):
             if (yield from parser.get()) != "]":
                 raise MalformedError
         else:
-            yield from self._objects(parser, ";," if self.bare else "")
+            yield from self._objects(parser, ";," if self.bare else self.separator.strip())
         if self.end:
             yield from self._skip_end(parser)
         parser.end()
@@ -133,7 +135,7 @@ class JsonCalls(CallSyntax):
             yield from parser.blank()
             yield from read_call(parser, only_known=only_known)
             following = yield from parser.blank()
-            if following and following in separators:
+            if following and following in separators:  # of one character each
                 yield from parser.get()
             elif following != "{":
                 return
@@ -154,24 +156,18 @@ class JsonCalls(CallSyntax):
 
     def after_marker(self, targets: Sequence[Target], terminal: Terminal, *, parallel: bool) -> str:
         """See `CallSyntax`."""
-        # Mistral's models write ids of their own, which are not used.
-        own_id = f"({_text(_ID)} /[A-Za-z0-9]{{9}}/ {_text(_QUOTE)})? " if self.short_ids else ""
-        one = _either([f"{_text(self._head(t.name))} {t.rule} {own_id}{_text('}')}" for t in targets])
+        own_id = f"({_text(_ID)} /[A-Za-z0-9]{{9}}/ {_text(_QUOTE)})? " if self.own_id else ""
+        one = _either([f"{_text(self.head.replace(NAME, t.name))} {t.rule} {own_id}{_text('}')}" for t in targets])
         several = self.between is None and parallel
-        more = f" ({_text('; ' if self.bare else ', ')} {one})*" if several else ""
-        body = f'"[" {one}{more} "]"' if self.array else one + more
-        space = _text(self.space) if self.space else ""
-        return " ".join([space, body, *([space, terminal(self.end)] if self.end else [])])
-
-    def _head(self, name: str) -> str:
-        return f'{{"name": {json.dumps(name)}, "{self.key}": '
+        body = f"{one} ({_text(self.separator)} {one})*" if several else one
+        end = [terminal(self.end)] if self.end else []
+        return " ".join([*_texts(self.open), body, *_texts(self.close), *end])
 
 
 @dataclass(frozen=True)
 class NamedCalls(CallSyntax):
     """Calls as `[TOOL_CALLS]name[ARGS]{...}`, those of Mistral's models since 2025."""
 
-    name: str = "mistral"
     marker: str = "[TOOL_CALLS]"
     separator: str = "[ARGS]"
     short_ids: bool = True
@@ -209,6 +205,11 @@ class NamedCalls(CallSyntax):
         """See `CallSyntax`."""
         del parallel
         return _either([f"{_text(t.name)} {terminal(self.separator)} {t.rule}" for t in targets])
+
+
+def _texts(text: str) -> list[str]:
+    """Return a text as literals of Lark: one, or none for the empty text."""
+    return [_text(text)] if text else []
 
 
 def _text(text: str) -> str:

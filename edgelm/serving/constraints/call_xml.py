@@ -38,7 +38,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class XmlCalls(CallSyntax):
     """See the module."""
 
-    name: str = "qwen3-coder"
     marker: str = "<tool_call>"
     end: str = "</tool_call>"
     between: str | None = "\n"

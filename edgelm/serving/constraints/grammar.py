@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import llguidance
-import llguidance.numpy
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,14 +25,14 @@ class Start:
 
     Attributes:
         matcher: the grammar, for the vocabulary without these spaces.
-        words: that vocabulary.
+        texts: the bytes of that vocabulary's tokens.
         later: the vocabulary of the other tokens.
         special: ids that are not text.
         no_op: ids that add nothing to the text as its first token: the space alone.
     """
 
     matcher: Any
-    words: Any
+    texts: Sequence[bytes]
     later: Any
     special: frozenset[int]
     no_op: frozenset[int]
@@ -43,8 +43,7 @@ class Start:
             return [token]
         if token in self.no_op:
             return []
-        text = self.words.decode_bytes([token])
-        return list(self.later.tokenize_bytes(text))
+        return list(self.later.tokenize_bytes(self.texts[token]))
 
 
 class Grammar:
@@ -102,7 +101,6 @@ class GrammarRule:
         self._grammar = grammar
         self._matcher, self._first = grammar.copies()
         self._ends = np.array(sorted(grammar.end_ids), np.int64)
-        self._bits = np.zeros((1, (grammar.vocab_size + 31) // 32), np.int32)
         self._mask: NDArray[np.bool_] | None = None
         self._ended = False
 
@@ -125,8 +123,8 @@ class GrammarRule:
     def _next_mask(self) -> NDArray[np.bool_]:
         grammar = self._grammar
         matcher = self._matcher if self._first is None else self._first
-        llguidance.numpy.fill_next_token_bitmask(matcher, self._bits)
-        mask = np.unpackbits(self._bits.view(np.uint8)[0], count=grammar.vocab_size, bitorder="little").view(np.bool_)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        mask = np.unpackbits(bits, count=grammar.vocab_size, bitorder="little").view(np.bool_)
         mask[grammar.forbidden] = False
         if self._first is not None and grammar.start is not None:
             mask[list(grammar.start.no_op)] = True
@@ -147,7 +145,10 @@ class GrammarRule:
         """
         if self._ended:
             return logits.copy()
-        return np.where(self.allowed(), logits, _FORBIDDEN)
+        changed = np.where(self.allowed(), logits, _FORBIDDEN)
+        if changed.max() == _FORBIDDEN:
+            raise GenerationError("the tokens that the grammar allows are forbidden by other options of the request")
+        return changed
 
     def accept(self, token: int) -> None:
         """Advance by the token that was chosen. An error shows in the next `apply`."""

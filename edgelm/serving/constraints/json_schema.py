@@ -23,7 +23,8 @@ JSON allows any amount, and models under a grammar that does too may write line 
 _MOST_TRIALS = 200
 _EXTENSION = "x-guidance"  # options of llguidance in a schema, which is no place for them
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MAPS = ("properties", "patternProperties", "dependentSchemas")
+_DEFINITIONS = ("$defs", "definitions")
 _SINGLE = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
     "unevaluatedItems", "unevaluatedProperties",
@@ -115,8 +116,8 @@ def _error(schema: object) -> str:
         return str(error)
 
 
-def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield the direct subschemas of a schema with their paths."""
+def _parts(root: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the direct subschemas of a schema with their paths, and the definition that it refers to."""
     for key in _LISTS:
         if isinstance(schema.get(key), list):
             yield from ((f"/{key}/{i}", part) for i, part in enumerate(schema[key]))
@@ -126,6 +127,12 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     for key in _SINGLE:
         if key in schema:
             yield f"/{key}", schema[key]
+    for key in _DEFINITIONS:
+        parts = root.get(key)
+        for name, part in parts.items() if isinstance(parts, Mapping) else ():
+            path = f"#/{key}/{_escaped(name)}"
+            if schema.get("$ref") == path and part is not schema:
+                yield path, part
 
 
 def _escaped(name: object) -> str:
@@ -134,18 +141,18 @@ def _escaped(name: object) -> str:
 
 def _locate(root: Mapping[str, Any], message: str) -> str:
     """Return the JSON pointer of the smallest subschema that is refused for the same reason."""
-    shared = {key: root[key] for key in ("$schema", "$defs", "definitions", _EXTENSION) if key in root}
+    shared = {key: root[key] for key in ("$schema", *_DEFINITIONS, _EXTENSION) if key in root}
     path, schema, trials = "#", root, 0
     below = True
     while below:
         below = False
-        for step, part in _parts(schema):
+        for step, part in _parts(root, schema):
             trials += 1
-            if trials > _MOST_TRIALS or not isinstance(part, Mapping):
-                continue
-            alone = part if step.startswith(("/$defs/", "/definitions/")) and schema is root else {**shared, **part}
-            if _error({**shared, **alone}) == message:
-                path, schema, below = path + step, part, True
+            if trials > _MOST_TRIALS:
+                break
+            if isinstance(part, Mapping) and _error({**shared, **part}) == message:
+                path = step if step.startswith("#") else path + step
+                schema, below = part, True
                 break
     return path
 
@@ -153,7 +160,7 @@ def _locate(root: Mapping[str, Any], message: str) -> str:
 def _explained(message: str) -> str:
     found = _UNSUPPORTED.match(message)
     if found:
-        keys = json.loads(found[1])
+        keys = sorted(json.loads(found[1]))
         names = " and ".join(json.dumps(key) for key in keys)
         noun = "keyword" if len(keys) == 1 else "keywords"
         return f"the {noun} {names} cannot be enforced: leave {'it' if len(keys) == 1 else 'them'} out"
@@ -161,5 +168,9 @@ def _explained(message: str) -> str:
         return 'the keyword "oneOf" cannot be enforced for these alternatives, which may overlap: use "anyOf"'
     if message.startswith("Resource"):
         return 'a "$ref" leads out of the schema: put what it means into "$defs"'
+    if message.startswith("Unknown format: "):
+        return f"the format {json.dumps(one_line(message)[16:])} cannot be enforced: leave it out"
+    if message.startswith("regex parse error"):
+        return f"its pattern cannot be used: {one_line(message)}"
     text = one_line(message)
     return text[:1].lower() + text[1:] if text[:2] != "JS" else text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 _PLACE = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
+_STATE = re.compile(r"\n?<(?:state|grammar|non-verbose/)>")
 _SHOWN = 300
 
 
 def one_line(message: str) -> str:
     """Return what a message of llguidance says, in one line, without the state of its parser."""
-    text = message.split("<state>")[0].split("\n<grammar>")[0].strip()
+    text = _STATE.split(message)[0].strip()
     place = _PLACE.match(text)
     if "\nerror: " in text:  # a regular expression, drawn over several lines
         text = text.split("\nerror: ", 1)[1]

@@ -1,49 +1,29 @@
-"""Find out how a model calls tools, by its chat template, and make the grammars and parsers of its calls.
-
-A template is tried with a tool and a conversation that calls it. What it writes for the earlier call is what the model
-was trained to write, so the names of models play no part.
-"""
+"""How one model calls tools: grammars and parsers of its calls, and earlier calls for its chat template."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import llguidance
 
-from edgelm.errors import GenerationError, GenerationValueError
+from edgelm.errors import GenerationValueError
 from edgelm.serving.constraints import json_schema
-from edgelm.serving.constraints.call_syntax import CallSyntax, JsonCalls, NamedCalls, Target, json_rule
-from edgelm.serving.constraints.call_xml import XmlCalls
+from edgelm.serving.constraints.call_syntax import CallSyntax, Target, json_rule
 from edgelm.serving.constraints.grammar import Grammar
 from edgelm.serving.constraints.history import History
 from edgelm.serving.constraints.response_format import grammar_for
 from edgelm.serving.constraints.tool_parser import ToolParser
 from edgelm.serving.constraints.tools import Function, ToolOptions
 from edgelm.serving.constraints.vocabulary import GrammarTokenizer
-from edgelm.tokenization.chat_template import ChatTemplate
 from edgelm.tokenization.tokenizer import Tokenizer
-
-_NAME, _KEY, _VALUE = "edgelm_probe", "edgelm_key", "edgelm_value"
-_ID = "a1b2c3d4e"  # 9 letters and digits: Mistral's templates check that
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "Return a value.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
-    },
-}
-_USER = {"role": "user", "content": "Hello"}
-_RIGHT = re.compile(rf'"{_KEY}": ?"{_VALUE}"|<parameter={_KEY}>')
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How one model calls tools. Returned by `tool_format`.
+    """How one model calls tools. Returned by `detection.tool_format`.
 
     Attributes:
         syntax: how the model writes calls.
@@ -169,95 +149,3 @@ def _answer(response_format: Any) -> Mapping[str, Any]:
     raise GenerationValueError(
         f'response_format of the type "{kind}" cannot be combined with tools that the model may call: set tool_choice'
     )
-
-
-def tool_format(template: ChatTemplate) -> ToolFormat | None:
-    """Return how a model calls tools, by its chat template; None if the template has no tools.
-
-    Raises:
-        GenerationValueError: the template shows tools, but how the model writes calls is not known here.
-    """
-    try:
-        prompt = template.render([_USER], variables={"tools": [_TOOL]})
-    except GenerationError:
-        return None
-    if _NAME not in prompt:
-        return None
-    history, earlier, several = _try_history(template)
-    for text in (earlier, prompt, template.source):
-        syntax = _syntax(text)
-        if syntax is not None:
-            return ToolFormat(syntax, replace(history, short_ids=syntax.short_ids), several)
-    raise GenerationValueError(
-        "the model's chat template shows tools, but it is not known how the model writes calls: leave out tools, and "
-        f"ask for JSON in the prompt. Known are: {', '.join(_KNOWN)}"
-    )
-
-
-def require_tool_format(template: ChatTemplate, model: str) -> ToolFormat:
-    """Return `tool_format`.
-
-    Args:
-        template: the chat template.
-        model: the model's name, for the message.
-
-    Raises:
-        GenerationValueError: the template has no tools, or an unknown way to call them.
-    """
-    found = tool_format(template)
-    if found is None:
-        raise GenerationValueError(
-            f"tools cannot be used with {model}: its chat template does not show them to the model. Leave out tools, "
-            "or choose a model that was trained to call them"
-        )
-    return found
-
-
-def _try_history(template: ChatTemplate) -> tuple[History, str, bool]:
-    """Return how the template takes earlier calls, what it writes for one, and whether it takes two in one message.
-
-    The text is empty if the template refuses them, or writes nothing.
-    """
-    for history in (History(), History(empty_content=True), History(text=True), History(text=True, empty_content=True)):
-        text = _rendered(template, history, calls=1)
-        places = [found.start() for found in _RIGHT.finditer(text)]
-        if places:
-            return history, text[max(places[-1] - 200, 0) :], bool(_rendered(template, history, calls=2))
-    return History(), "", True
-
-
-def _rendered(template: ChatTemplate, history: History, calls: int) -> str:
-    """Return a conversation with a number of calls; an empty text if the template refuses it."""
-    ids = [_ID[:-1] + str(i) for i in range(calls)]
-    function = {"name": _NAME, "arguments": json.dumps({_KEY: _VALUE})}
-    tool_calls = [{"id": index, "type": "function", "function": function} for index in ids]
-    conversation: list[dict[str, Any]] = [_USER, {"role": "assistant", "content": None, "tool_calls": tool_calls}]
-    conversation += [{"role": "tool", "tool_call_id": index, "content": "42"} for index in ids]
-    try:
-        return template.render(history.messages(conversation), variables={"tools": [_TOOL]})
-    except GenerationError:
-        return ""
-
-
-_KNOWN = ("hermes", "qwen3-coder", "llama", "mistral", "granite", "phi")
-
-
-def _syntax(text: str) -> CallSyntax | None:
-    """Return how calls are written in a text: what a template wrote for a call, or what it says about calls."""
-    if re.search(r"<tool_call>\s*<function=", text):
-        return XmlCalls()
-    if "[TOOL_CALLS]" in text:
-        if "[ARGS]" in text:
-            return NamedCalls()
-        space = " " if "[TOOL_CALLS] [" in text else ""
-        return JsonCalls("mistral", "[TOOL_CALLS]", array=True, space=space, short_ids=True)
-    if "<tool_call>" in text:
-        space = "" if re.search(r'<tool_call>\{"name"', text) else "\n"
-        return JsonCalls("hermes", "<tool_call>", "</tool_call>", space=space, between="\n")
-    if "<|tool_call|>" in text:
-        end = "<|/tool_call|>" if "<|/tool_call|>" in text else ""
-        return JsonCalls("phi" if end else "granite", "<|tool_call|>", end, array=True)
-    found = re.search(rf'"name": ?"{_NAME}", ?"(parameters|arguments)":', text)
-    if found:
-        return JsonCalls("llama", "<|python_tag|>", key=found[1], bare=True)
-    return None

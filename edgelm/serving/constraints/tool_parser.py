@@ -132,6 +132,7 @@ class ToolParser:
         self._raw: list[str] = []  # characters since the last call or content
         self._open = False  # the current call was reported
         self._after_call = False  # no content since the last call
+        self._said = False  # there was content
         self._machine = self._run()
         next(self._machine)
 
@@ -249,22 +250,22 @@ class ToolParser:
 
     def _give_up(self) -> Reading:
         """End a call that was reported. If none was, what was read since the last one is content."""
+        if self._raw and self._back != [""]:
+            self.unget(self._raw[-1])  # what was not expected may begin a marker
+        raw = "".join(self._raw)
         if self._open:
             self.end()
             yield from self.syntax.recover(self)
-            self._raw.clear()
-            return
-        if self._raw:
-            self.unget(self._raw[-1])  # it may begin a marker
-        raw = "".join(self._raw)
+            raw = ""
         self._raw.clear()
         self._say(raw)
 
     def _say(self, text: str) -> None:
-        if self._after_call:
+        """Report content. Whitespace next to calls is none, but between texts some of it stays."""
+        if self._after_call and not (self._said and text.strip()):
             text = text.lstrip()
         if text:
-            self._after_call = False
+            self._after_call, self._said = False, True
             self._deltas.append(ContentDelta(text))
 
     def _content(self) -> Reading:

@@ -19,6 +19,8 @@ from edgelm.tokenization.vocabulary import LeadingSpace, Vocabulary
 
 MOST_GRAMMARS = 64
 """Compiled grammars that are kept. One takes from some kilobytes to a few megabytes."""
+_ENCODED = 512
+"""Bytes of a forced text that are encoded as the model's tokenizer does."""
 _SPECIAL_BYTE = b"\xff"
 
 
@@ -34,17 +36,23 @@ class _Words:
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int], end: int) -> None:
         self._tokenizer = tokenizer
-        self.tokens, self.special_token_ids, self.eos_token_id = tokens, special, end
-        self._text = frozenset(range(len(tokens))).difference(special)
+        self._text = frozenset(index for index, token in enumerate(tokens) if token).difference(special)
+        single = {token for index, token in enumerate(tokens) if len(token) == 1 and index in self._text}
+        # Ids beyond the logits, so that every text is a sequence of ids. The model cannot choose them.
+        missing = [bytes([byte]) for byte in range(_SPECIAL_BYTE[0]) if bytes([byte]) not in single]
+        self.tokens, self.special_token_ids, self.eos_token_id = [*tokens, *missing], special, end
         self.native: Any = None
 
     def __call__(self, text: str | bytes) -> list[int]:
         data = text if isinstance(text, bytes) else text.encode()
-        ids = self._tokenizer.encode(data.decode("utf-8", "ignore"), add_bos=False)
+        # Only the next token is used, and the text is encoded again after it.
+        begin = data[:_ENCODED].decode("utf-8", "ignore")
+        ids = self._tokenizer.encode(begin, add_bos=False)
         # Some tokenizers prepend a space, normalise, or read the names of special tokens in a text.
-        if self._text.issuperset(ids) and b"".join([self.tokens[index] for index in ids]) == data:
-            return ids
-        return [] if self.native is None else list(self.native.greedy_tokenize(data.decode("utf-8", "ignore")))
+        if not self._text.issuperset(ids) or b"".join([self.tokens[index] for index in ids]) != begin.encode():
+            ids, begin = [], ""
+        rest = data[len(begin.encode()) :].decode("utf-8", "ignore")
+        return ids if self.native is None or not rest else [*ids, *self.native.greedy_tokenize(rest)]
 
 
 class GrammarTokenizer:
@@ -81,7 +89,7 @@ class GrammarTokenizer:
         self._first: Any = None
         self._no_op: list[int] = []
         if vocabulary.leading_space is not LeadingSpace.KEEP:
-            first = self._first_tokens(vocabulary, tokens)
+            self._first_texts = first = self._first_tokens(vocabulary, tokens)
             self._first = self._build(first)
             if vocabulary.leading_space is LeadingSpace.DROP_ONE:
                 self._no_op = [i for i, token in enumerate(tokens) if token == b" " and not first[i]]
@@ -148,7 +156,7 @@ class GrammarTokenizer:
         start = None
         if self._first is not None:
             first = llguidance.LLMatcher(self._first, text, log_level=0, limits=LIMITS)
-            start = Start(first, self._first, self._native, frozenset(self._special), frozenset(self._no_op))
+            start = Start(first, self._first_texts, self._native, frozenset(self._special), frozenset(self._no_op))
         grammar = Grammar(matcher, self.vocab_size, self.end_ids, forbidden, start)
         grammar.check(what)
         return grammar
