@@ -67,6 +67,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.end_ids = frozenset(bundle.manifest.tokens.eos_ids)
         self._chat_template: ChatTemplate | None = None
+        self._tool_template: ChatTemplate | None = None
         self.cache = PrefixCache(runtime)
         self._turns = Turns()
 
@@ -242,7 +243,8 @@ class LanguageModel:
 
         `variables`: further variables of the template, such as `tools`.
         """
-        return self.chat_template.render(messages, add_generation_prompt=True, variables=variables)
+        template = self.tool_template if variables and variables.get("tools") else self.chat_template
+        return template.render(messages, add_generation_prompt=True, variables=variables)
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -256,6 +258,24 @@ class LanguageModel:
 
             self._chat_template = ChatTemplate.from_folder(self.bundle.path, self.tokenizer)
         return self._chat_template
+
+    @property
+    def tool_template(self) -> ChatTemplate:
+        """The chat template for conversations with tools: as in transformers, the one named "tool_use" if there is one.
+
+        Raises:
+            TokenizerError: there is none, or it is not valid.
+        """
+        from edgelm.tokenization.chat_template import ChatTemplate
+        from edgelm.tokenization.template_files import read_templates
+
+        if self._tool_template is None:
+            name = "tool_use"
+            if name in read_templates(self.bundle.path):
+                self._tool_template = ChatTemplate.from_folder(self.bundle.path, self.tokenizer, name)
+            else:
+                self._tool_template = self.chat_template
+        return self._tool_template
 
     def chat_tokens(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None

@@ -49,7 +49,7 @@ def tooling(model: ServedModel, tools: object, choice: object = None, parallel: 
         if options is None:
             return None
         return Tooling(
-            model.once("tools", lambda: require_tool_format(model.running.model.chat_template, model.name)), options
+            model.once("tools", lambda: require_tool_format(model.running.model.tool_template, model.name)), options
         )
     except EdgeLMError as error:
         if is_of_request(error):

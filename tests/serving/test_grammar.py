@@ -268,7 +268,7 @@ WRONG: list[tuple[Any, type[EdgeLMError], str]] = [
     ({"type": "json_schema", "json_schema": {}}, GenerationTypeError, "response_format.json_schema.schema is missing"),
     (schema([]), GenerationTypeError, "json_schema.schema is []: it has to be a JSON schema, an object"),
     (schema({}, strict="yes"), GenerationTypeError, "strict is 'yes': it has to be true or false"),
-    (schema({"type": "strin"}), GenerationValueError, "json_schema.schema, at #: invalid type: strin"),
+    (schema({"type": "text"}), GenerationValueError, "json_schema.schema, at #: invalid type: text"),
     (
         schema({"properties": {"a/b": {"items": {"not": {}}, "type": "array"}}}),
         GenerationValueError,

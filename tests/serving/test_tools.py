@@ -164,7 +164,7 @@ def test_is_what_a_template_writes_parsed_back(name: str) -> None:
 
 ONE = '{"name": "get_weather", "arguments": {"city": "P\\"}\\\\", "n": [1, {"a": "]"}]}}'
 ARGUMENTS = '{"city": "P\\"}\\\\", "n": [1, {"a": "]"}]}'
-LAMA = ONE.replace('"arguments"', '"parameters"')
+LLAMA_ONE = ONE.replace('"arguments"', '"parameters"')
 CALL = ("get_weather", ARGUMENTS)
 EMPTY = ("now", "{}")
 ANSWERS: list[tuple[CallSyntax, str, str, list[Pair]]] = [
@@ -195,21 +195,21 @@ ANSWERS: list[tuple[CallSyntax, str, str, list[Pair]]] = [
     (HERMES, "a < b <tool> <<tool_call", "a < b <tool> <<tool_call", []),
     (HERMES, "Write <tool_call> first.", "Write <tool_call> first.", []),
     (HERMES, f"x <tool_call> <tool_call>{ONE}</tool_call>", "x <tool_call> ", [CALL]),
-    (HERMES, '<tool_call>\n{"nam": 1}\n</tool_call>', '<tool_call>\n{"nam": 1}\n</tool_call>', []),
+    (HERMES, '<tool_call>\n{"title": 1}\n</tool_call>', '<tool_call>\n{"title": 1}\n</tool_call>', []),
     (HERMES, '<tool_call>{"name": ""}</tool_call>', '<tool_call>{"name": ""}</tool_call>', []),
     (HERMES, '<tool_call>{"name": "now", "arguments": 5}', '<tool_call>{"name": "now", "arguments": 5}', []),
     (HERMES, '<tool_call>{"name": "\\q"}', '<tool_call>{"name": "\\q"}', []),
     (HERMES, "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", []),
     (HERMES, "<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>", []),
-    (LLAMA, LAMA, "", [CALL]),
+    (LLAMA, LLAMA_ONE, "", [CALL]),
     (LLAMA, f" \n{ONE}", "", [CALL]),
-    (LLAMA, f"<|python_tag|>{LAMA}", "", [CALL]),
-    (LLAMA, f"{LAMA}; {LAMA}", "", [CALL, CALL]),
-    (LLAMA, f"{LAMA}\n{LAMA} so", "so", [CALL, CALL]),
+    (LLAMA, f"<|python_tag|>{LLAMA_ONE}", "", [CALL]),
+    (LLAMA, f"{LLAMA_ONE}; {LLAMA_ONE}", "", [CALL, CALL]),
+    (LLAMA, f"{LLAMA_ONE}\n{LLAMA_ONE} so", "so", [CALL, CALL]),
     (LLAMA, '{"name": "now", "parameters": {}} so', "so", [EMPTY]),
     (LLAMA, '{"answer": 42}', '{"answer": 42}', []),
     (LLAMA, '{"name": "Bob", "parameters": {}}', '{"name": "Bob", "parameters": {}}', []),
-    (LLAMA, f"See: {LAMA}", f"See: {LAMA}", []),
+    (LLAMA, f"See: {LLAMA_ONE}", f"See: {LLAMA_ONE}", []),
     (LLAMA, '{"name": "now", "parameters": {"a": [12', "", [("now", '{"a": [12')]),
     (LLAMA, '{"name": "now", "parameters": {"a": 1]', "]", [("now", '{"a": 1')]),
     (LLAMA, "{}", "{}", []),
@@ -414,7 +414,7 @@ def test_are_keywords_ignored_only_for_functions_that_are_not_strict(words: Gram
     with pytest.raises(GenerationValueError, match=wanted):
         found.grammar(options("required", tools=[tool(True)]), words)
     with pytest.raises(GenerationValueError, match=r"tools\[0\].function.parameters, at #/properties/a: invalid type"):
-        found.grammar(options("required", tools=[tool(False, {"properties": {"a": {"type": "strin"}}})]), words)
+        found.grammar(options("required", tools=[tool(False, {"properties": {"a": {"type": "text"}}})]), words)
 
 
 def test_does_a_trained_model_call_a_function(engine_of: Callable[..., Engine]) -> None:
@@ -563,7 +563,7 @@ def test_are_tool_options_read() -> None:
     assert [one.name for one in found.functions] == ["get_weather", "now"]
     assert [one.strict for one in found.functions] == [True, False]
     assert "strict" not in found.tools[0]["function"] and found.tools[1] == NOW
-    named = options({"type": "function", "function": {"name": "now"}}, False)
+    named = options({"type": "function", "function": {"name": "now"}}, True)
     assert (named.choice, named.named, named.parallel) == ("required", True, False)
     assert [one.name for one in named.functions] == ["now"] and len(named.tools) == 2
     some = {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}

@@ -44,7 +44,7 @@ class ToolOptions:
         functions: the functions that may be called: all, or those that `tool_choice` names.
         choice: "auto": the model decides; "none": it calls nothing; "required": it has to call a function.
         named: whether `tool_choice` named one function; a response then ends with "stop".
-        parallel: whether several calls in one answer are allowed.
+        parallel: whether several calls in one answer are allowed; not where one function was named, as with OpenAI.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -89,7 +89,8 @@ class ToolOptions:
             )
         chosen = tuple(function for function in functions if names is None or function.name in names)
         named = isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function"
-        return cls(tuple(_shown(tool) for tool in tools), chosen, choice, named, parallel_tool_calls is not False)
+        parallel = parallel_tool_calls is not False and not named
+        return cls(tuple(_shown(tool) for tool in tools), chosen, choice, named, parallel)
 
 
 def _function(tool: object, where: str) -> Function:
