@@ -102,7 +102,8 @@ def named_bundles(arguments: Sequence[str]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         folder = Path(path if equals else argument)
-        name = name if equals else folder.resolve().name
+        # Of a link its own name: that is what was typed.
+        name = name if equals else folder.name if folder.name not in ("", "..") else folder.resolve().name
         if not name or not name.isprintable() or len(name) > 256:
             raise ArgumentValueError(f"{argument!r} gives its model no name: write NAME=FOLDER")
         if name in found:

@@ -207,6 +207,10 @@ def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
 
 def test_models_have_names(tmp_path: Path) -> None:
     assert named_bundles([str(tmp_path / "a"), f"b={tmp_path / 'a'}"]) == {"a": tmp_path / "a", "b": tmp_path / "a"}
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert list(named_bundles([str(tmp_path / "link"), f"{tmp_path / 'a'}/..", f"{tmp_path / 'b'}/"])) == [
+        "link", tmp_path.name, "b",
+    ]  # fmt: skip
     with pytest.raises(ArgumentValueError, match="two models are called 'a'"):
         named_bundles(["x/a", "y/a"])
     with pytest.raises(ArgumentValueError, match="no name"):
