@@ -7,14 +7,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from edgelm.errors import EdgeLMError
@@ -26,6 +25,7 @@ from edgelm.serving.endpoints.operations import OPERATIONS
 from edgelm.serving.events import ClientLeft, unless_left
 from edgelm.serving.guard import Guard, error_response
 from edgelm.serving.guard import read_body as receive_body
+from edgelm.serving.page import load_page
 from edgelm.serving.service import Service
 from edgelm.serving.settings import Settings
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 LOG = logging.getLogger("edgelm.serving")
-PAGE = Path(__file__).with_name("page") / "index.html"
 
 
 class Endpoint:
@@ -119,9 +118,8 @@ def create_app(settings: Settings, operations: Sequence[Operation] = OPERATIONS)
         return Response(described, media_type="application/json")
 
     async def page(_: Request) -> Response:
-        if not PAGE.is_file():
-            return error_response(ApiError(404, "this installation has no page; the API is at /v1"))
-        return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
+        html, headers = load_page()
+        return Response(html, headers=headers)
 
     async def no_method(request: Request, _: Exception) -> Response:
         path = request.url.path
@@ -145,16 +143,6 @@ def create_app(settings: Settings, operations: Sequence[Operation] = OPERATIONS)
     app.router.redirect_slashes = False
     app.state.service = service
     return app
-
-
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-"""The page is one file that loads nothing else and talks to this server only."""
 
 
 async def _not_found(request: Request, _: Exception) -> Response:

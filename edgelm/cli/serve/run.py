@@ -13,7 +13,7 @@ import click
 import uvicorn
 
 from edgelm.errors import EdgeLMError
-from edgelm.serving.app import PAGE, create_app
+from edgelm.serving.app import create_app
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -59,8 +59,7 @@ def run_server(settings: Settings, host: str, port: int, *, verbose: bool) -> No
     listening = _listen(host, port)
     with listening:
         address = f"[{host}]" if ":" in host else host
-        page = "page at /, " if PAGE.is_file() else ""
-        ready = f"http://{address}:{listening.getsockname()[1]}  ({', '.join(settings.models)}; {page}API at /v1)"
+        ready = f"http://{address}:{listening.getsockname()[1]}  ({', '.join(settings.models)}; page at /, API at /v1)"
         config = uvicorn.Config(
             app,
             http="h11",
