@@ -15,7 +15,9 @@ from http_server import HttpServer
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from edgelm.serving.api import requests
+from edgelm.serving.api.openapi import described as described_fields
 from edgelm.serving.api.openapi import document
+from edgelm.serving.api.responses import ResponsesRequest
 from edgelm.serving.endpoints.operations import OPERATIONS
 from edgelm.serving.settings import Limits, Settings
 
@@ -69,3 +71,16 @@ def test_every_request_is_an_operation_and_is_described() -> None:
         for method in methods.values():
             assert method["summary"].endswith("."), path
             assert "200" in method["responses"], path
+
+
+def test_the_page_of_the_server_has_every_address_and_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "server.md").read_text(encoding="utf-8")
+    for operation in OPERATIONS:
+        assert f"`{operation.path}`" in page
+    for cls in (value for operation in OPERATIONS if (value := operation.request) is not None):
+        rows = {f"| `{name}` | {text} |" for name, text in described_fields(cls).items()}
+        missing = [row for row in rows if row not in page]
+        if cls not in (requests.ModelRequest, requests.DetokenizeRequest, ResponsesRequest):
+            assert missing == [], cls
+        for row in missing:
+            assert f"`{row.split('`')[1]}`" in page, row
