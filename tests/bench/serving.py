@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from peers import Worker, Workplace
-from serving_load import Round, figures_of, ratios, run, share
+from serving_load import Round, figures_of, ratios, run, share, usable
 from serving_servers import LLAMA, MODEL, OURS, Command, Server, busy_seconds, llama, ours
 from vs_peers import SETTLE, TINY, say
 
@@ -117,13 +117,15 @@ def body(command: Command, asked: Asked) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check(bundle: Path, servers: Sequence[Server], vocabulary: int, sizes: Sizes, clients: int, threads: int) -> None:
+def check(
+    bundle: Path, servers: Sequence[Server], workload: str, requests: Requests, clients: int, threads: int
+) -> None:
     """Compare the servers' answers with what they must be.
 
     Raises:
         SystemExit: an answer is wrong; nothing is timed.
     """
-    asked = [mine[0] for mine in Requests(1, vocabulary, sizes).of(DISTINCT, clients)]
+    asked = [mine[0] for mine in requests.of(workload, clients)]
     for server in servers:
         bodies = [body(server.command, one) for one in asked]
         together = run(server.base, [[mine] for mine in bodies]).all
@@ -132,7 +134,8 @@ def check(bundle: Path, servers: Sequence[Server], vocabulary: int, sizes: Sizes
             if not (answer.text and answer.tokens == one.new and answer.finish == "length"):
                 raise SystemExit(f"{server.command.name} gave {answer.tokens} of {one.new} tokens: {answer.finish}")
         same = sum(a.text == b.text for a, b in zip(alone, together, strict=False))
-        print(f"{server.command.name}: {same} of {len(alone)} answers are the same with {clients} clients and with one")
+        name = f"{server.command.name}, {workload}"
+        print(f"{name}: {same} of {len(alone)} answers are the same with {clients} clients and with one")
         if server.command.name != OURS:
             # Its matrix products of several rows round in another way, so a random model's tokens may differ.
             continue
@@ -142,7 +145,7 @@ def check(bundle: Path, servers: Sequence[Server], vocabulary: int, sizes: Sizes
             model.end_ids = frozenset()
             wanted = [model.generate(one.prompt, max_tokens=one.new).text for one in asked]
         equal = sum(answer.text == text for answer, text in zip(together, wanted, strict=True))
-        print(f"{OURS}: {equal} of {len(wanted)} answers equal those of model.generate")
+        print(f"{name}: {equal} of {len(wanted)} answers equal those of model.generate")
         if equal != len(wanted):
             raise SystemExit(f"{OURS} does not give the tokens of model.generate")
 
@@ -338,6 +341,9 @@ def main() -> int:
     for path in options.add:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         rounds += [Round(**record) for record in earlier["rounds"]]
+        kept = usable(rounds, BUSY_SHARE)
+        say(f"{path}: {len(rounds) - len(kept)} rounds are left out: spoiled by other processes, or not complete")
+        rounds = kept
         for item in earlier["shares"]:
             read.setdefault(item["column"], {})[item["engine"]] = item["bytes_per_token"]
     for name, checkpoint in options.checkpoints.items():
@@ -351,8 +357,9 @@ def main() -> int:
                 say(f"{column}: starting {command.name}")
                 servers.append(stack.enter_context(Server(command, place.log)))
                 read.setdefault(column, {})[command.name] = command.bytes_per_token
-            if not options.no_check:
-                check(opened.path, servers, vocabulary, options.sizes, min(4, options.slots), options.threads)
+            for workload in () if options.no_check else options.workload:
+                requests = Requests(1, vocabulary, options.sizes)
+                check(opened.path, servers, workload, requests, min(4, options.slots), options.threads)
             check_idle(servers, 2.0)
             model = None
             if options.alone:

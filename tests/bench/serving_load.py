@@ -311,6 +311,24 @@ def figures_of(load: Load, server_cpu_seconds: float, busy_seconds: float) -> di
     }
 
 
+def usable(rounds: Sequence[Round], other_share: float) -> list[Round]:
+    """Return the rounds of those turns in which no other process took more than `other_share` of a core.
+
+    Where one engine's round is spoiled, the others of that turn go too. Where a run was interrupted between two
+    engines, the first one has nothing to be compared with, and goes as well.
+    """
+    turns: dict[tuple[str, str, int, str, int], list[Round]] = {}
+    for item in rounds:
+        turns.setdefault(item.key, []).append(item)
+    engines = {item.started: {other.engine for other in rounds if other.started == item.started} for item in rounds}
+    return [
+        item
+        for turn in turns.values()
+        for item in turn
+        if len(turn) == len(engines[item.started]) and all(other.other_share <= other_share for other in turn)
+    ]
+
+
 def ratios(rounds: Iterable[Round], field: str, ours: str, theirs: str) -> list[float]:
     """Return ours / theirs of a field of `Round`, for every pair of rounds that belong together.
 

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import serving
-from serving_load import Answer, Load, Round, figures_of, parse, percentile, ratios, share
+from serving_load import Answer, Load, Round, figures_of, parse, percentile, ratios, share, usable
 from serving_servers import LLAMA, OURS
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -128,6 +128,14 @@ def test_ratios_are_of_rounds_that_belong_together() -> None:
     rounds = [ROUND, theirs, replace(ROUND, number=1, rate=30), replace(theirs, number=1, rate=10)]
     alone = [replace(ROUND, number=2), replace(theirs, started="another run", number=2)]
     assert ratios([*rounds, *alone], "rate", OURS, LLAMA) == [4, 3]
+
+
+def test_a_turn_that_others_spoiled_or_that_is_not_complete_is_left_out() -> None:
+    theirs = replace(ROUND, engine=LLAMA)
+    spoiled = [replace(ROUND, number=1), replace(theirs, number=1, other_share=0.2)]
+    interrupted = [replace(theirs, number=2)]
+    alone = [replace(ROUND, started="a run of ours only")]
+    assert usable([ROUND, theirs, *spoiled, *interrupted, *alone], 0.1) == [ROUND, theirs, *alone]
 
 
 def test_the_share_of_the_bandwidth_is_of_one_client() -> None:
