@@ -51,6 +51,21 @@ def test_any_request_has_an_answer_of_the_document(described: Any, method: str, 
     ask()
 
 
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+    ],
+)
+def test_a_stream_is_of_the_document(described: Any, path: str, data: Any) -> None:
+    case = described[path]["POST"].Case(body={**data, "stream": True}, media_type="application/json")
+    response = case.call(timeout=60)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response)
+
+
 def test_the_schemas_are_valid_and_complete() -> None:
     import jsonschema_rs
 

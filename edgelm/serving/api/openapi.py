@@ -29,6 +29,13 @@ ERRORS = {
     504: "the request took too long",
 }
 
+EVENT = {
+    "type": "object",
+    "description": "An event: its JSON, or [DONE].",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -84,7 +91,7 @@ def _operation(operation: Operation, schemas: dict[str, Any], *, keys: bool) -> 
     else:
         content = {"application/json": {"schema": schema_of(operation.answer, schemas)}}
     if operation.stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     error = {"application/json": {"schema": schema_of(ErrorAnswer, schemas)}}
     described: dict[str, Any] = {
         "summary": " ".join(summary.split()),
