@@ -121,8 +121,9 @@ class LanguageModel:
 
         Sequences that decode together share each read of the weights. Each result equals that of `generate` with a
         seed: on the CPU logits are the same to the last bit. One exception: for int4 bundles with a head in split
-        nibbles, all logits are exact here, but in `generate` only the largest are. The best token is the same; a
-        sampled one may differ. Runtimes without batches (portable operators, TensorRT) run the prompts one by one.
+        nibbles, all logits are exact here, but in `generate` only the largest are, which are found by the high nibbles.
+        A sampled token may differ; the best one only if 128 tiles of 32 tokens have a larger logit by these. Runtimes
+        without batches (portable operators, TensorRT) run the prompts one by one.
 
         Memory: `batch` KV caches, each for the longest prompt and its max_tokens, at most the context length. They are
         freed at the end. The weights are shared with `generate`, whose own cache is not used.
