@@ -155,13 +155,14 @@ def test_a_killed_run_goes_on_and_answers_every_line_once(
         now = target.read_bytes()
         kept = before[: before.rfind(b"\n") + 1]
         assert now.startswith(kept), "a finished line was changed"
-        if process.returncode == 0:
+        if process.returncode == 0 and kills >= 3:
             break
-        kills, before = kills + 1, now
-        if kills % 2:  # as if it had been killed within a write
+        kills, before = kills + (process.returncode != 0), now
+        if process.returncode == 0:  # it was faster than this process
+            before = now[: len(now) // 3]
+        elif kills % 2:  # as if it had been killed within a write
             before = now[: len(now) - chance.randrange(1, 200)]
-            target.write_bytes(before)
-    assert kills >= 3
+        target.write_bytes(before)
     assert texts(target) == texts(expected)
 
 
@@ -171,11 +172,15 @@ def test_a_stopped_run_says_how_far_it_came_and_goes_on(
 ) -> None:
     bundle, source, expected = requests_and_answers
     target = tmp_path / "out.jsonl"
-    process = subprocess.Popen(command(bundle, source, target), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    while process.poll() is None and (not target.exists() or target.stat().st_size < 5_000):
-        time.sleep(0.001)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1].decode()
+    for _ in range(10):
+        process = subprocess.Popen(command(bundle, source, target), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not target.exists() or target.stat().st_size < 5_000):
+            time.sleep(0.001)
+        process.send_signal(number)
+        error = process.communicate()[1].decode()
+        if process.returncode != 0:
+            break
+        target.unlink()  # it was faster than this process
     assert process.returncode == 130, error
     assert f"{target} has {len(answers_in(target))} answers; the same command goes on from there" in error
     assert "Traceback" not in error

@@ -19,9 +19,10 @@ from edgelm.cli.main import ALIASES, VERBS, cli
 FREE = {
     *("calibration", "checkpoint", "checkpoints", "messages", "out", "parity_prompts", "reference", "report_path"),
     *("base", "dist", "names", "prompt_cache", "stop", "system", "text", "wheels"),
+    *("allow_host", "allow_origin", "api_key_file", "bundles", "cache_dir"),
 }
-# Options with a check of their own, tested by the table below.
-OWN = {"schemes"}
+# Options with a check of their own, tested by the table below; --ray in tests/serving/test_ray.py.
+OWN = {"address", "schemes"}
 NO_VALUE = ("nonsense", "-7", "")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.common.cluster import cluster_options
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import PATH, json_option, loading_options
 from edgelm.cli.serve import cache_options, need_serve_extra
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     help="A model of the requests, called NAME, or like the bundle's folder. May be repeated.",
 )
 @json_option
+@cluster_options(scaling=False)
 @cache_options
 @loading_options
 def batch(
@@ -34,14 +36,15 @@ def batch(
     target: Path,
     bundles: tuple[str, ...],
     as_json: bool,
+    cluster: dict[str, Any] | None,
     caching: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
-    """Write the answers to the requests in IN to OUT, one a line, in the same order.
+    """Write the answers to the requests in IN to OUT, in the same order.
 
-    IN is a file as for OpenAI's batches: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
-    {...}}. All lines are checked first. When a run was stopped, the same command goes on where it was. The exit code is
-    1 if an answer is an error.
+    IN has a request a line, as for OpenAI's batches: {"custom_id": "1", "method": "POST", "url":
+    "/v1/chat/completions", "body": {...}}. All lines are checked first. When a run was stopped, the same command goes
+    on where it was. The exit code is 1 if an answer is an error.
     """
     need_serve_extra()
     from edgelm.errors import EdgeLMError
@@ -51,7 +54,12 @@ def batch(
 
     progress = Bars()
     settings = batch_settings(Settings(models=named_bundles(bundles), loading=loading, **caching))
-    report = run_batch(source, target, reader_for(settings), run_here(settings), progress=progress)
+    run = run_here(settings)
+    if cluster is not None:
+        from edgelm.serving.ray.data import run_on_ray
+
+        run = run_on_ray(settings, **cluster, progress=progress)
+    report = run_batch(source, target, reader_for(settings), run, progress=progress)
     click.echo(_as_json(report) if as_json else summary(report, target))
     if report.failed:
         raise EdgeLMError(f"{report.failed:,} of {report.requests:,} answers in {target} are errors")

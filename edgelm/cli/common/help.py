@@ -24,6 +24,7 @@ class Group(enum.Enum):
     PARITY = "Parity pack: the reference results stored in the bundle"
     RUNTIME = "Runtime"
     RESOURCES = "Threads and memory"
+    CLUSTER = "More than one machine"
     EXPERT = "Expert options"
     GPU = "GPU"
     TENSORRT = "GPU, with --target tensorrt"

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from edgelm.cli.common.cluster import cluster_options
 from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import PATH, Number, Size, Whole, given, loading_options, together
 
@@ -104,6 +105,7 @@ cache_options = together(
 @access_options
 @limit_options
 @cache_options
+@cluster_options(scaling=True)
 @loading_options
 def serve(
     bundles: tuple[str, ...],
@@ -115,6 +117,7 @@ def serve(
     access: dict[str, Any],
     limits: dict[str, Any],
     caching: dict[str, Any],
+    cluster: dict[str, Any] | None,
     loading: dict[str, Any],
 ) -> None:
     """Serve models over HTTP with an API like OpenAI's.
@@ -140,7 +143,15 @@ def serve(
         finish_seconds=finish_seconds,
         **caching,
     )
-    run_server(settings, host, port, verbose=verbose)
+    if cluster is None:
+        run_server(settings, host, port, verbose=verbose)
+    else:
+        from edgelm.serving.ray import serve_on_ray
+
+        def ready(url: str) -> None:
+            print(f"{url}  ({', '.join(settings.models)}; API at /v1)", flush=True)
+
+        serve_on_ray(settings, host, port, **cluster, verbose=verbose, ready=ready)
 
 
 def need_serve_extra() -> None:

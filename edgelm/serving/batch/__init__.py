@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import EdgeLMError
 from edgelm.progress import Progress, Silent
@@ -73,13 +76,22 @@ def reader_for(settings: Settings) -> RequestReader:
     Raises:
         BundleError: a folder is not a bundle.
     """
-    from edgelm.bundle import Bundle
-    from edgelm.generation.session_file import manifest_sha256
     from edgelm.serving.endpoints.operations import OPERATIONS
 
-    digests = {name: manifest_sha256(Bundle.open(path)) for name, path in settings.models.items()}
     urls = [one.path for one in OPERATIONS if one.method == "POST" and one.path.startswith("/v1/")]
-    return RequestReader(digests, tuple(urls))
+    return RequestReader(digests_of(settings), tuple(urls))
+
+
+def digests_of(settings: Settings) -> dict[str, str]:
+    """Return the digest of each bundle's manifest, which has those of its files, by the name of its model.
+
+    Raises:
+        BundleError: a folder is not a bundle.
+    """
+    from edgelm.bundle import Bundle
+    from edgelm.generation.session_file import manifest_sha256
+
+    return {name: manifest_sha256(Bundle.open(path)) for name, path in settings.models.items()}
 
 
 def run_batch(
@@ -177,9 +189,43 @@ def run_here(settings: Settings) -> Run:
 
     def run(source: Path, skip: int, reader: RequestReader, write: Write) -> None:
         requests = itertools.islice(reader.read(source), skip, None)
-        asyncio.run(_answer_here(requests, settings, write))
+        asyncio.run(_stopped_by_signals(_answer_here(requests, settings, write)))
 
     return run
+
+
+async def _stopped_by_signals(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, and cancel it on SIGTERM, and on SIGINT where asyncio does not do so: before Python 3.11.
+
+    The handlers of this process, which raise errors, would raise them in the middle of any statement. They are called
+    when the work has ended.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    handlers: dict[signal.Signals, Any] = {}
+    if os.name == "posix" and threading.current_thread() is threading.main_thread():
+        handlers[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            handlers[signal.SIGINT] = signal.default_int_handler
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in handlers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if received:
+            handlers[received[0]](received[0], None)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def _answer_here(requests: Iterable[BatchRequest], settings: Settings, write: Write) -> None:

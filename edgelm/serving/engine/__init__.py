@@ -242,6 +242,11 @@ class Engine:
         with self._mutex:
             return not len(self._waiting) and not self._running
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def statistics(self) -> Statistics:
         """Return the counters."""
         with self._mutex:
