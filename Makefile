@@ -34,18 +34,18 @@ HARNESS := $(VENV)/.harness
 NODE := build/node/.installed
 CPP := $(shell find runtimes/csrc tests examples -name '*.cc' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh' -o -name '*.c')
 GPU_TESTS := tests/cuda tests/engines tests/gpu
-OTHER_TESTS := tests/unit tests/arm $(GPU_TESTS)  # what has a target of its own
+OTHER_TESTS := tests/unit tests/serving tests/arm $(GPU_TESTS)  # what has a target of its own
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt system,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-windows test-python test-unit test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 wheels wheels-reproducible release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-windows test-python test-unit test-serving test-export test-gpu test-cuda test-engines install pyview kernel node mutations coverage python310 wheels wheels-reproducible release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-cuda test-export test-unit test-engines test-arm test-cpp docs types
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-cuda test-export test-unit test-cpp test-serving test-engines test-arm docs types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -79,10 +79,14 @@ test-arm: $(INSTALLED) kernel
 test-windows: $(INSTALLED) kernel
 	PYTHON=$(BIN)/python EDGELM=$(BIN)/edgelm runtimes/csrc/tests/windows/run.sh
 
-test-python: test-unit test-export
+test-python: test-unit test-serving test-export
 
 test-unit: $(INSTALLED) $(HARNESS) kernel
 	$(BIN)/pytest -q tests/unit
+
+# The server, batches of requests, and what clients send.
+test-serving: $(INSTALLED) kernel
+	$(BIN)/pytest -q -rs tests/serving
 
 # The rest, most of which exports bundles.
 test-export: $(INSTALLED) $(HARNESS) node kernel
@@ -138,6 +142,7 @@ coverage: $(INSTALLED) $(HARNESS) node kernel
 	mkdir -p build/coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q tests/unit
+	$(BIN)/coverage run -m pytest -q tests/serving
 	$(BIN)/coverage run -m pytest -q $(foreach folder,$(OTHER_TESTS),--ignore $(folder))
 	$(BIN)/coverage run -m pytest -q $(GPU_TESTS)
 	$(BIN)/coverage combine --quiet
