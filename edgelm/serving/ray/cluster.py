@@ -116,7 +116,9 @@ def connected(address: str, cpus: int, *, verbose: bool = False) -> Iterator[lis
                 ray.init(runtime_env=environment, **given)
         except (ConnectionError, ValueError, RuntimeError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
-            raise EdgeLMError(f"no connection to the Ray cluster {address}: {text[0]}") from error
+            raise EdgeLMError(
+                f"no connection to the Ray cluster {address}: {text[0]}; is it there, and is RAY_AUTH_TOKEN its token?"
+            ) from error
     try:
         yield machines()
     finally:
