@@ -64,8 +64,8 @@ def cluster() -> Iterator[None]:
         warnings.simplefilter("ignore")
         with nothing_to_import() as environment:
             ray.init(
-                num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR",
-                runtime_env=environment,
+                address="local", num_cpus=2, object_store_memory=100 << 20, include_dashboard=False,
+                logging_level="ERROR", runtime_env=environment,
             )  # fmt: skip
     yield
     ray.shutdown()
