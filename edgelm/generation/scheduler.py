@@ -53,6 +53,7 @@ class ScheduledSequence:
         started: when the sequence was asked for, as `time.perf_counter`; default: now.
 
     Attributes:
+        on_token: as above; may be changed.
         error: why it failed; None if it did not.
     """
 
@@ -68,7 +69,7 @@ class ScheduledSequence:
         self.answer, self.rules, self.logprobs = answer, tuple(rules), logprobs
         self.error: GenerationError | None = None
         self.started = time.perf_counter() if started is None else started
-        self._on_token = on_token
+        self.on_token = on_token
         self._token = 0
         self._row = -1
         self._prefilled = self._reused = self._decoded = 0
@@ -110,8 +111,8 @@ class ScheduledSequence:
     def _take(self, token: int, logprob: float | None = None, top: Top = (), *, full: bool) -> None:
         self._token = token
         text = self.answer.take(token, full=full)
-        if self._on_token is not None:
-            self._on_token(token, text, logprob, top)
+        if self.on_token is not None:
+            self.on_token(token, text, logprob, top)
 
     @property
     def _ended(self) -> bool:

@@ -271,6 +271,7 @@ class Soak:
             "prompt_tokens": await self.metric("edgelm_prompt_tokens_total"),
             "reused_tokens": await self.metric("edgelm_reused_tokens_total"),
             "memory": {"early": typical[0], "late": typical[1], "growth": round(growth, 4)},
+            "memory_by_minute": by_minute(memory),
             "open_files": {"early": files[0], "late": files[1], "after": self.server.descriptors()},
         }
 
@@ -284,6 +285,14 @@ class Soak:
                 break
             await asyncio.sleep(0.2)
         raise SystemExit(f"the server did not start: {self.server.log.read_text()[-2000:]}")
+
+
+def by_minute(memory: list[tuple[float, int, int]]) -> list[float]:
+    """Return the memory at each minute, in MB."""
+    found: dict[int, int] = {}
+    for seconds, size, _ in memory:
+        found.setdefault(int(seconds // 60), size)
+    return [round(size / 1e6, 1) for size in found.values()]
 
 
 def texts(answer: bytes) -> bytes:
@@ -305,7 +314,7 @@ def main() -> None:
         server = Server(given.bundle.resolve(), Path(folder), given.context_length, given.prefix_cache)
         try:
             soak = Soak(server, given.minutes, given.words, given.tokens)
-            result = asyncio.run(soak.run(every=max(0.5, given.minutes / 5)))
+            result = asyncio.run(soak.run(every=max(0.5, given.minutes / 10)))
         finally:
             server.process.terminate()
             code = server.process.wait(90)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,28 @@ def test_is_an_answer_that_of_generate(engine_of: EngineOf) -> None:
         found, expected = one.result, model.generate(text, max_tokens=20, stop=["e"])
         assert (found.text, found.tokens, found.stop_reason) == (expected.text, expected.tokens, expected.stop_reason)
         assert "".join(token.text for token in one.tokens) == expected.text
+
+
+def test_is_what_belongs_to_a_job_freed_without_the_garbage_collector(engine_of: EngineOf) -> None:
+    engine = engine_of(slots=2)
+    gc.collect()
+    gc.disable()
+    try:
+        asked: list[Asked] = [Asked(engine, [5, 6], max_tokens=3) for _ in range(3)]
+        kept = [weakref.ref(one.job) for one in asked] + [weakref.ref(one.job._sequence) for one in asked]
+        engine.cancel(asked[1].job)
+        for one in asked:
+            engine.submit(one.job)
+        for one in asked:
+            one.end()
+        asked.clear()
+        del one
+        last = Asked(engine, [5, 6], max_tokens=3)  # the engine's thread forgets the others meanwhile
+        engine.submit(last.job)
+        last.end()
+        assert [reference() for reference in kept] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_may_many_threads_use_an_engine(engine_of: EngineOf) -> None:

@@ -93,6 +93,16 @@ class Job:
     def _on_token(self, token: int, text: str, logprob: float | None, top: Top) -> None:
         self._notify(Token(token, text, logprob, top))
 
+    def _end(self, event: Finished | Failed) -> None:
+        """Tell the last event. Without callbacks nothing refers to what it belongs to: it is freed now, not later."""
+        notify, self._notify = self._notify, _nobody
+        self._sequence.on_token = None
+        notify(event)
+
+
+def _nobody(_: Event) -> None:
+    """Take events that nobody waits for."""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -303,7 +313,7 @@ class Engine:
                     return False
                 self._changed.wait()
             stopped, now = self._stopped, time.monotonic()
-            ended: list[tuple[Job, Event]] = []
+            ended: list[tuple[Job, Finished | Failed]] = []
             for job in [*self._running.values(), *self._waiting]:
                 event = _end(job, now, stopped=stopped)
                 if event is None:
@@ -316,7 +326,7 @@ class Engine:
                     self._waiting.remove(job)
                     self._finished += 1
         for job, event in ended:
-            job._notify(event)
+            job._end(event)
         return not stopped
 
     def _next(self) -> ScheduledSequence | None:
@@ -331,7 +341,7 @@ class Engine:
         with self._mutex:
             job = self._running.pop(sequence)
             self._count(sequence)
-        job._notify(Finished(sequence.generation) if sequence.error is None else Failed(sequence.error))
+        job._end(Finished(sequence.generation) if sequence.error is None else Failed(sequence.error))
 
     def _fail_running(self, error: EdgeLMError) -> None:
         with self._mutex:
@@ -341,7 +351,7 @@ class Engine:
                 self._scheduler.drop(job._sequence)
                 self._count(job._sequence)
         for job in jobs:
-            job._notify(Failed(error))
+            job._end(Failed(error))
 
     def _count(self, sequence: ScheduledSequence) -> None:
         timings = sequence.generation.timings
@@ -351,7 +361,7 @@ class Engine:
         self._generated_tokens += timings.decoded_tokens + (timings.time_to_first_token > 0)
 
 
-def _end(job: Job, now: float, *, stopped: bool) -> Event | None:
+def _end(job: Job, now: float, *, stopped: bool) -> Finished | Failed | None:
     """Return the event that ends a job now; None if it goes on."""
     if job._cancelled:
         return Finished(job._sequence.generation)
