@@ -265,5 +265,8 @@ def _decompressed(file: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
                 process.kill()
         return
     module: Any = importlib.import_module(name)
-    with module.ZstdDecompressor().stream_reader(file) if name == "zstandard" else module.ZstdFile(file) as out:
-        yield out
+    try:
+        with module.ZstdDecompressor().stream_reader(file) if name == "zstandard" else module.ZstdFile(file) as out:
+            yield out
+    except module.ZstdError as error:
+        raise tarfile.ReadError(str(error)) from error
