@@ -8,6 +8,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgelm.serving.api.errors import ApiError
@@ -93,14 +94,15 @@ class EventStream:
     """An answer of server-sent events (ASGI).
 
     Args:
-        events: what to send; closed at the end, also when the client leaves.
+        events: what to send.
+        stack: what the answer holds; closed at the end, also when the client leaves before the first event.
         send_seconds: the connection is dropped if the client reads nothing for so long.
     """
 
     status_code = 200
 
-    def __init__(self, events: AsyncGenerator[bytes, None], send_seconds: float) -> None:
-        self._events, self._seconds = events, send_seconds
+    def __init__(self, events: AsyncGenerator[bytes, None], stack: AsyncExitStack, send_seconds: float) -> None:
+        self._events, self._stack, self._seconds = events, stack, send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -109,8 +111,10 @@ class EventStream:
         async def sending(message: Message) -> None:
             await asyncio.wait_for(send(message), self._seconds)
 
-        with contextlib.suppress(ClientLeft, asyncio.TimeoutError, OSError):
-            await unless_left(receive, self._stream(sending))
+        # Not left to the generator: one that was never begun runs no code when it is closed.
+        async with self._stack:
+            with contextlib.suppress(ClientLeft, asyncio.TimeoutError, OSError):
+                await unless_left(receive, self._stream(sending))
 
     async def _stream(self, send: Callable[[Message], Awaitable[None]]) -> None:
         headers = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -9,14 +10,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from http_server import HttpServer
+
+from edgelm.serving.events import EventStream
 
 TEXT = "/v1/completions"
 START = {"prompt": "def add(a, b):", "temperature": 0, "max_tokens": 4}
@@ -236,3 +240,24 @@ def test_only_a_server_on_this_machine_checks_its_names() -> None:
     assert allowed_hosts("0.0.0.0", ()) is None
     assert allowed_hosts("127.0.0.1", ()) == ("localhost", "127.0.0.1", "::1")
     assert allowed_hosts("127.0.0.2", ("Proxy",)) == ("localhost", "127.0.0.1", "::1", "127.0.0.2", "proxy")
+
+
+def test_a_client_that_leaves_before_the_first_event_holds_nothing() -> None:
+    freed: list[str] = []
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def answer() -> None:
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield b"first"
+
+        stack = AsyncExitStack()
+        stack.callback(freed.append, "slot")
+        await EventStream(events(), stack, 60)({"type": "http"}, gone, never)
+
+    asyncio.run(answer())
+    assert freed == ["slot"]

@@ -158,20 +158,19 @@ class Chat:
         """Return the token counts."""
         return run.usage(len(self._prompt))
 
-    async def stream(self, run: Run, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
-        """Yield the events of the answer; `stack` is closed at the end."""
-        async with stack:
-            choices = self.choices()
-            try:
-                for index in range(len(choices)):
-                    yield self._chunk(index, {"role": "assistant", "content": ""})
-                async for found in run.events():
-                    yield b"".join(self._chunks(choices, found)) if found else PING
-                if self._with_usage:
-                    yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self.usage(run)))})
-            except ApiError as error:
-                yield error_event(error)
-            yield DONE
+    async def stream(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """Yield the events of the answer."""
+        choices = self.choices()
+        try:
+            for index in range(len(choices)):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            async for found in run.events():
+                yield b"".join(self._chunks(choices, found)) if found else PING
+            if self._with_usage:
+                yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self.usage(run)))})
+        except ApiError as error:
+            yield error_event(error)
+        yield DONE
 
     def _chunks(self, choices: list[Choice], found: list[tuple[int, Token | Finished]]) -> list[bytes]:
         chunks = []
@@ -241,7 +240,7 @@ async def create(service: Service, request: ChatRequest, client: Client) -> Chat
         stack.callback(run.cancel)
         if not request.stream:
             return await chat.whole(run)
-        return EventStream(chat.stream(run, stack.pop_all()), service.settings.limits.send_seconds)
+        return EventStream(chat.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
     raise AssertionError("an exit stack suppresses nothing")
 
 

@@ -150,24 +150,23 @@ class Completion:
     def _usage(self, run: Run) -> Usage:
         return run.usage(sum(map(len, self._prompts)))
 
-    async def stream(self, run: Run, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
-        """Yield the events of the answer; `stack` is closed at the end."""
-        async with stack:
-            lengths = [0] * len(self._orders)
-            options = self._request.stream_options
-            with_usage = options is not None and bool(options.include_usage)
-            more: dict[str, Any] = {"usage": None} if with_usage else {}
-            try:
-                for index in range(len(self._orders)):
-                    if self._request.echo:
-                        yield self._chunk(index, self._echoes[index // self._n], None, None, more)
-                async for found in run.events():
-                    yield b"".join(self._chunks(found, lengths, more)) if found else PING
-                if with_usage:
-                    yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self._usage(run)))})
-            except ApiError as error:
-                yield error_event(error)
-            yield DONE
+    async def stream(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """Yield the events of the answer."""
+        lengths = [0] * len(self._orders)
+        options = self._request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        try:
+            for index in range(len(self._orders)):
+                if self._request.echo:
+                    yield self._chunk(index, self._echoes[index // self._n], None, None, more)
+            async for found in run.events():
+                yield b"".join(self._chunks(found, lengths, more)) if found else PING
+            if with_usage:
+                yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self._usage(run)))})
+        except ApiError as error:
+            yield error_event(error)
+        yield DONE
 
     def _chunks(
         self, found: list[tuple[int, Token | Finished]], lengths: list[int], more: dict[str, Any]
@@ -213,5 +212,5 @@ async def create(service: Service, request: CompletionRequest, client: Client) -
         stack.callback(run.cancel)
         if not request.stream:
             return await completion.whole(run)
-        return EventStream(completion.stream(run, stack.pop_all()), service.settings.limits.send_seconds)
+        return EventStream(completion.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
     raise AssertionError("an exit stack suppresses nothing")

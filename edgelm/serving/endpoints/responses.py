@@ -212,20 +212,19 @@ class Answering:
             pass
         return self._answer(self._status(run), run)
 
-    async def stream(self, run: Run, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
-        """Yield the events of the answer; `stack` is closed at the end."""
-        async with stack:
-            try:
-                yield self._written("response.created", "in_progress")
-                yield self._written("response.in_progress", "in_progress")
-                async for found in self._grow(run):
-                    yield b"".join(map(self._numbered, found)) if found else PING
-                status = self._status(run)
-                yield self._written(f"response.{status}", status, run)
-            except ApiError as error:
-                error_event(error)  # logs its cause
-                detail = {"code": error.code or "server_error", "message": error.message}
-                yield self._written("response.failed", "failed", error=detail)
+    async def stream(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """Yield the events of the answer."""
+        try:
+            yield self._written("response.created", "in_progress")
+            yield self._written("response.in_progress", "in_progress")
+            async for found in self._grow(run):
+                yield b"".join(map(self._numbered, found)) if found else PING
+            status = self._status(run)
+            yield self._written(f"response.{status}", status, run)
+        except ApiError as error:
+            error_event(error)  # logs its cause
+            detail = {"code": error.code or "server_error", "message": error.message}
+            yield self._written("response.failed", "failed", error=detail)
 
     async def _grow(self, run: Run) -> AsyncGenerator[list[dict[str, Any]], None]:
         """Add what arrives to the output; yield its events, an empty list after some time without any."""
@@ -303,7 +302,7 @@ async def create(service: Service, request: ResponsesRequest, client: Client) ->
         answering = Answering(request, chat, model.name)
         if not request.stream:
             return await answering.whole(run)
-        return EventStream(answering.stream(run, stack.pop_all()), service.settings.limits.send_seconds)
+        return EventStream(answering.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
     raise AssertionError("an exit stack suppresses nothing")
 
 
