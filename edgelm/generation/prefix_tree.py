@@ -1,6 +1,6 @@
 """Prefix cache of many sequences: the KV caches of prompts, so that a prefix that several share is computed once.
 
-The caches are copied: 1,000 tokens of OLMoE are 131 MB, which takes a hundredth of the time that computing them does.
+The caches are copied: 1,000 tokens of OLMoE are 131 MB, which takes a few per cent of the time to compute them.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Endpoint:
         except EdgeLMError as error:
             LOG.error("%s: %s", operation.path, error)
             answer = error_response(ApiError(500, "the server failed; its log has the reason"))
-        except Exception:
+        except Exception:  # a fault of ours: the client gets an answer, the log the traceback
             LOG.exception("unexpected error in %s", operation.path)
             answer = error_response(ApiError(500, "the server failed; its log has the reason"))
         if is_dataclass(answer):

@@ -253,7 +253,7 @@ class Models:
         )
 
     async def _make_room(self, model: ServedModel) -> bool:
-        """Unload idle models until `model` fits; return whether it does. Called with the lock.
+        """Unload idle models until there is room for `model`; return whether there is. Called with the lock.
 
         Raises:
             ApiError: it cannot fit.

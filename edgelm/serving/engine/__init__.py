@@ -21,7 +21,7 @@ DEFAULT_SLOTS = 4
 DEFAULT_QUEUE = 64
 DEFAULT_PREFIX_BYTES = 1 << 30
 BESIDE = 64
-"""Most tokens of a prefill step while others decode: the longest time that they wait for their next token."""
+"""Most tokens of a prefill step while others decode: it bounds how long they wait for their next token."""
 FIXED_CHUNK = 256
 """Tokens of a prefill step where bits depend on the cuts: prompts are cut at multiples of it, and as much is reused."""
 _BLOCK_FORMAT = 1
