@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import anyio
+
 from edgelm.serving.api.errors import ApiError
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ class Inbox(Generic[T]):
         """Return all items, of which there is one at least; an empty list after `seconds` without any."""
         if not self._items:
             try:
-                await asyncio.wait_for(self._arrived.wait(), seconds)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(seconds):
+                    await self._arrived.wait()
+            except TimeoutError:
                 return []
         # In this order: an item that arrives after the flag fell wakes this task again.
         self._arrived.clear()
@@ -108,12 +111,15 @@ class EventStream:
         """Send the events."""
         del scope
 
+        # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that comes as the awaited thing ends, and the
+        # stream of a client that left then goes on to its last token.
         async def sending(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._seconds)
+            with anyio.fail_after(self._seconds):
+                await send(message)
 
         # Not left to the generator: one that was never begun runs no code when it is closed.
         async with self._stack:
-            with contextlib.suppress(ClientLeft, asyncio.TimeoutError, OSError):
+            with contextlib.suppress(ClientLeft, OSError):  # a TimeoutError is an OSError
                 await unless_left(receive, self._stream(sending))
 
     async def _stream(self, send: Callable[[Message], Awaitable[None]]) -> None:

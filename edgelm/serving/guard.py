@@ -5,11 +5,11 @@ Everything here answers in OpenAI's form of errors. It is plain ASGI, so that st
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
@@ -107,8 +107,9 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     if not declared.isdigit() or int(declared) > limits.body_bytes:
         raise _too_large(limits)
     try:
-        return await asyncio.wait_for(_receive_body(receive, limits), limits.body_seconds)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(limits.body_seconds):
+            return await _receive_body(receive, limits)
+    except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
 
 

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
+
 from edgelm.bundle import Bundle
 from edgelm.bundle.kv_cache import row_bytes
 from edgelm.errors import EdgeLMError
@@ -184,8 +186,9 @@ class Models:
         """
         model = self.find(name)
         try:
-            await asyncio.wait_for(self._acquire(model), seconds)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(seconds):
+                await self._acquire(model)
+        except TimeoutError:
             raise ApiError(504, f"{model.name} was not loaded within {seconds:.0f} seconds", code="timeout") from None
         try:
             yield model

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from http_server import HttpServer
 
-from edgelm.serving.events import EventStream
+from edgelm.serving.events import EventStream, Inbox
 
 TEXT = "/v1/completions"
 START = {"prompt": "def add(a, b):", "temperature": 0, "max_tokens": 4}
@@ -261,3 +261,38 @@ def test_a_client_that_leaves_before_the_first_event_holds_nothing() -> None:
 
     asyncio.run(answer())
     assert freed == ["slot"]
+
+
+def test_a_stream_ends_whenever_its_client_leaves() -> None:
+    """Also in the very step in which an event arrives or is sent."""
+
+    async def answer(steps: int) -> list[bytes]:
+        inbox: Inbox[bytes] = Inbox()
+        sent: list[bytes] = []
+
+        async def receive() -> dict[str, str]:
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+            sent.append(message)
+
+        async def engine() -> None:
+            for _ in range(300):
+                inbox.put(b"token")
+                await asyncio.sleep(0)
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            while found := await inbox.take(0.1):
+                for item in found:
+                    yield item
+
+        running = asyncio.ensure_future(engine())
+        await EventStream(events(), AsyncExitStack(), 60)({"type": "http"}, receive, send)
+        running.cancel()
+        return sent
+
+    late = {steps: len(sent) for steps in range(40) if len(sent := asyncio.run(answer(steps))) > steps + 2}
+    assert not late

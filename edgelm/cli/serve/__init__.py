@@ -12,7 +12,7 @@ from edgelm.cli.common.cluster import cluster_options
 from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import PATH, Number, Size, Whole, given, loading_options, together
 
-PACKAGES = ("starlette", "uvicorn", "llguidance")
+PACKAGES = ("anyio", "starlette", "uvicorn", "llguidance")
 
 access_options = together(
     "access",
