@@ -20,7 +20,7 @@ from edgelm.serving.models import ServedModel
 if TYPE_CHECKING:
     from edgelm.generation.scheduler import LogitsRule
     from edgelm.generation.stream import Generation
-    from edgelm.serving.constraints import Grammar
+    from edgelm.serving.constraints import Grammar, Reasoning
     from edgelm.serving.conversation import Tooling
     from edgelm.serving.guard import Client
     from edgelm.serving.service import Service
@@ -150,8 +150,18 @@ def orders_of(
     model: ServedModel,
     choices: int,
     grammar: Grammar | None,
+    reasoning: Reasoning | None = None,
 ) -> list[Order]:
     """Return the sequences of the choices of one prompt: seeds that differ, and rules of their own.
+
+    Args:
+        request: what is asked for.
+        prompt: the prompt's ids.
+        options: of `options_of`.
+        model: the model.
+        choices: number of sequences.
+        grammar: what the answers match; None: any text.
+        reasoning: what comes before that; None: nothing.
 
     Raises:
         ApiError: a token of logit_bias is not in the vocabulary.
@@ -176,7 +186,9 @@ def orders_of(
         if request.ignore_eos or request.min_tokens:
             found.append(NoEnd(end_ids, None if request.ignore_eos else request.min_tokens))
         if grammar is not None:
-            found.append(grammar.rule())  # the last one: what it forbids stays forbidden
+            # The last one: what it forbids stays forbidden.
+            rule = grammar.rule()
+            found.append(rule if reasoning is None else reasoning.grammar_rule(rule, model.running.model.tokenizer))
         return found
 
     seed = options.get("seed")

@@ -472,6 +472,43 @@ def test_the_gauge_counts_what_is_written_and_what_comes(chat: Chat) -> None:
 # ------------------------------------------------------------------ Base models, keys, errors
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_reasoning_stands_before_the_answer_and_can_be_opened(
+    visit: Callable[..., Chat], bundles: dict[str, Path], tmp_path: Path, width: int
+) -> None:
+    thinker = tmp_path / "thinker"
+    shutil.copytree(bundles["olmoe-tiny"], thinker)
+    template = "{# <think> </think> #}{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}"
+    (thinker / "chat_template.jinja").write_text(template)
+    server = Serving({"thinker": thinker})
+    chat = visit(server.url, width=width, color_scheme="dark")
+
+    def constrained(route: Any) -> None:
+        body = {**route.request.post_data_json, "regex": "<think>\n" + re.escape(HOSTILE) + "\n</think>\n\nFour[.]"}
+        route.continue_(post_data=json.dumps(body))
+
+    chat.page.route("**/v1/chat/completions", constrained)
+    for opened in (False, True):  # streamed, then of the storage
+        if opened:
+            chat.open()
+        else:
+            chat.send("1 + 3?")
+        assert chat.texts() == ["1 + 3?", "Four."]
+        box = chat.page.locator(".message.assistant details")
+        assert box.get_attribute("open") is None
+        assert chat.page.locator(".thoughts p").is_hidden()
+        chat.page.locator(".thoughts summary").focus()
+        chat.page.keyboard.press("Enter")
+        assert chat.page.locator(".thoughts p").inner_text() == HOSTILE
+        assert chat.page.evaluate("window.hacked") is None
+        assert chat.page.evaluate(CONTRAST)["low"] == []
+        assert chat.page.evaluate("document.documentElement.scrollWidth") == width
+    assert chat.stored()[0]["nodes"][1]["text"] == "Four."
+    assert chat.sent("v1/chat/completions")[0]["messages"] == [{"role": "user", "content": "1 + 3?"}]
+    assert chat.problems == []
+    server.stop()
+
+
 def test_a_base_model_continues_the_text(chat: Chat) -> None:
     chat.page.select_option("#model", "olmoe-base")
     assert "no chat template" in chat.page.inner_text(".empty")

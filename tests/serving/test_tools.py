@@ -118,7 +118,7 @@ def conversation(calls: Sequence[Pair], content: str | None = None) -> list[dict
 def parsed(found: ToolFormat, pieces: Sequence[str], chosen: ToolOptions) -> tuple[str, list[Pair]]:
     parser = found.parser(chosen)
     deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
-    content, calls = collect(deltas)
+    _, content, calls = collect(deltas)
     assert parser.calls >= len(calls)
     for index in range(len(calls)):
         own = [delta for delta in deltas if isinstance(delta, CallDelta) and delta.index == index]
@@ -272,7 +272,7 @@ def test_are_calls_reported_as_they_come() -> None:
 def test_do_ids_have_the_length_that_a_template_wants(short: bool, pattern: str) -> None:
     parser = ToolFormat(MISTRAL if short else HERMES, History()).parser(options())
     marker = parser.syntax.markers[0]
-    _, calls = collect(parser.feed(f'{marker}[{{"name": "now"}}, {{"name": "now"}}]') + parser.finish())
+    *_, calls = collect(parser.feed(f'{marker}[{{"name": "now"}}, {{"name": "now"}}]') + parser.finish())
     assert len(calls) == 2 and all(re.fullmatch(pattern, call.id) for call in calls)
 
 
@@ -331,7 +331,7 @@ def random_answer(
         token = int(rule.apply(logits).argmax())
         rule.accept(token)
         if token in words.end_ids:
-            content, calls = collect(deltas + parser.feed(text.flush()) + parser.finish())
+            _, content, calls = collect(deltas + parser.feed(text.flush()) + parser.finish())
             return content, [(call.name, call.arguments) for call in calls]
         deltas += parser.feed(text.push(token))
     return None

@@ -52,6 +52,17 @@ class CachedTokens:
 
 
 @dataclass(frozen=True)
+class ReasoningTokens:
+    """Generated tokens of the reasoning.
+
+    Attributes:
+        reasoning_tokens: their number, the markers included.
+    """
+
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Usage:
     """Token counts.
 
@@ -60,12 +71,14 @@ class Usage:
         completion_tokens: generated tokens of all choices.
         total_tokens: both.
         prompt_tokens_details: tokens of the prompt that were reused.
+        completion_tokens_details: generated tokens of the reasoning.
     """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens = ReasoningTokens()
 
 
 @dataclass(frozen=True)
@@ -118,12 +131,15 @@ class AnswerMessage:
     Attributes:
         role: "assistant".
         content: the text; null where there are only tool calls.
+        reasoning_content: extension: what the model wrote before its answer, between `<think>` and `</think>`; missing
+            where it wrote nothing.
         tool_calls: what the model calls; missing where it calls nothing.
         refusal: always null.
     """
 
     role: str
     content: str | None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
 
@@ -425,6 +441,8 @@ def _fields(value: Any) -> dict[str, Any]:
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} is not part of an answer")
     found = {item.name: getattr(value, item.name) for item in fields(value)}
-    if isinstance(value, AnswerMessage) and value.tool_calls is None:
-        del found["tool_calls"]  # clients loop over it where it is there
+    if isinstance(value, AnswerMessage):
+        for name in ("reasoning_content", "tool_calls"):  # clients loop over calls where the field is there
+            if found[name] is None:
+                del found[name]
     return found

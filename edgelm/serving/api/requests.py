@@ -303,6 +303,8 @@ class ChatRequest(Completing):
         parallel_tool_calls: whether an answer may have several calls; default true.
         modalities: only ["text"].
         chat_template_kwargs: extension: variables of the model's chat template, such as `enable_thinking`.
+        reasoning_format: extension: "auto" (default) and "deepseek" give a model's reasoning as `reasoning_content`;
+            "none" leaves it in the content, as the model wrote it.
     """
 
     messages: Annotated[list[Message], Length(1, 10_000)]
@@ -314,6 +316,7 @@ class ChatRequest(Completing):
     parallel_tool_calls: bool | None = None
     modalities: list[Annotated[str, OneOf(("text",))]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_format: Annotated[str, OneOf(("auto", "deepseek", "none"))] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

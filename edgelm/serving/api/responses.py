@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from edgelm.json_dataclass import Length, OneOf, Range
+from edgelm.serving.api.answers import ReasoningTokens
 from edgelm.serving.api.requests import MAX_TOP_LOGPROBS, Generating, ToolMode
 
 _Name = Annotated[str, Length(1, 64)]
@@ -94,6 +95,40 @@ class InputResult:
 
 
 @dataclass(frozen=True)
+class ReasoningText:
+    """A part of the reasoning.
+
+    Attributes:
+        type: "reasoning_text".
+        text: the text.
+    """
+
+    type: Annotated[str, OneOf(("reasoning_text",))]
+    text: str
+
+
+@dataclass(frozen=True)
+class InputReasoning:
+    """The reasoning of an earlier answer, before its message or calls; for templates that show it.
+
+    Attributes:
+        type: "reasoning".
+        content: its text.
+        summary: accepted as in earlier answers, and not used.
+        id: accepted as in earlier answers, and not used.
+        status: accepted as in earlier answers, and not used.
+        encrypted_content: only null, as in earlier answers.
+    """
+
+    type: Annotated[str, OneOf(("reasoning",))]
+    content: list[ReasoningText] | None = None
+    summary: list[Any] | None = None
+    id: str | None = None
+    status: str | None = None
+    encrypted_content: None = None
+
+
+@dataclass(frozen=True)
 class ResponseTool:
     """A function that the model may call.
 
@@ -171,7 +206,7 @@ class ResponsesRequest(Generating):
     """Body of `POST /v1/responses`.
 
     Attributes:
-        input: a text, or the conversation with calls and their results.
+        input: a text, or the conversation with reasoning, calls and their results.
         instructions: a system message before the input.
         max_output_tokens: most tokens to generate. Default: until the context is full, at most the server's limit.
         text: the form of the answer.
@@ -186,7 +221,7 @@ class ResponsesRequest(Generating):
         service_tier: accepted and not used.
     """
 
-    input: str | Annotated[list[InputMessage | InputCall | InputResult], Length(1, 10_000)]
+    input: str | Annotated[list[InputMessage | InputCall | InputResult | InputReasoning], Length(1, 10_000)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Range(1, 2**31 - 1)] | None = None
     text: TextOptions | None = None
@@ -199,17 +234,6 @@ class ResponsesRequest(Generating):
     truncation: Annotated[str, OneOf(("disabled",))] | None = None
     background: Annotated[bool, OneOf((False,))] | None = None
     service_tier: Annotated[str, OneOf(("auto", "default"))] | None = None
-
-
-@dataclass(frozen=True)
-class OutputDetails:
-    """Kinds of generated tokens.
-
-    Attributes:
-        reasoning_tokens: always 0: reasoning is not told apart.
-    """
-
-    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,14 +255,14 @@ class ResponsesUsage:
         input_tokens: tokens of the prompt.
         input_tokens_details: their kinds.
         output_tokens: generated tokens.
-        output_tokens_details: their kinds.
+        output_tokens_details: those of the reasoning.
         total_tokens: both.
     """
 
     input_tokens: int
     input_tokens_details: InputDetails
     output_tokens: int
-    output_tokens_details: OutputDetails
+    output_tokens_details: ReasoningTokens
     total_tokens: int
 
 
@@ -263,7 +287,7 @@ class ResponsesAnswer:
         created_at: time in seconds since 1970.
         status: "in_progress", "completed", "incomplete" or "failed".
         model: name of the model.
-        output: messages and calls, in order.
+        output: reasoning, messages and calls, in order.
         parallel_tool_calls: as asked for.
         tool_choice: as asked for.
         tools: as asked for.

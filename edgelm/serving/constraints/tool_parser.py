@@ -14,6 +14,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgelm.serving.constraints.reasoning import ReasoningDelta
 from edgelm.serving.constraints.tools import Function
 
 _ALPHABET = string.ascii_letters + string.digits
@@ -45,7 +46,7 @@ class CallDelta:
     arguments: str
 
 
-Delta = ContentDelta | CallDelta
+Delta = ReasoningDelta | ContentDelta | CallDelta
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Call:
     arguments: str
 
 
-def collect(deltas: Sequence[Delta]) -> tuple[str, list[Call]]:
-    """Return the content and the calls of an answer, from all deltas of its parser."""
+def collect(deltas: Sequence[Delta]) -> tuple[str, str, list[Call]]:
+    """Return the reasoning, the content and the calls of an answer, from all its deltas."""
+    reasoning = "".join([delta.text for delta in deltas if isinstance(delta, ReasoningDelta)])
     content = "".join([delta.text for delta in deltas if isinstance(delta, ContentDelta)])
     calls: list[Call] = []
     for delta in deltas:
@@ -68,7 +70,7 @@ def collect(deltas: Sequence[Delta]) -> tuple[str, list[Call]]:
             else:
                 last = calls[delta.index]
                 calls[delta.index] = Call(last.id, last.name, last.arguments + delta.arguments)
-    return content, calls
+    return reasoning, content, calls
 
 
 class MalformedError(Exception):

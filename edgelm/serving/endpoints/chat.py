@@ -6,9 +6,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import EdgeLMError
@@ -17,13 +17,14 @@ from edgelm.serving.api.answers import (
     ChatAnswer,
     ChatChoice,
     ChatLogprobs,
+    ReasoningTokens,
     TokenLogprob,
     Usage,
     as_json,
 )
 from edgelm.serving.api.errors import ApiError, invalid, is_of_request, of_request
 from edgelm.serving.api.requests import ChatRequest, FunctionCall, ToolCall
-from edgelm.serving.constraints import ContentDelta, collect
+from edgelm.serving.constraints import ContentDelta, Reasoning, ReasoningDelta, collect
 from edgelm.serving.conversation import Tooling, conversation_tokens, tooling
 from edgelm.serving.engine import Finished, Token
 from edgelm.serving.events import DONE, PING, EventStream, error_event, event
@@ -32,7 +33,7 @@ from edgelm.serving.token_texts import token_logprob
 
 if TYPE_CHECKING:
     from edgelm.generation.stream import Generation
-    from edgelm.serving.constraints import Delta, ToolParser
+    from edgelm.serving.constraints import Delta, ReasoningParser, ToolParser
     from edgelm.serving.guard import Client
     from edgelm.serving.models import ServedModel
     from edgelm.serving.service import Service
@@ -43,21 +44,36 @@ class Choice:
     """One answer as it grows.
 
     Attributes:
-        parser: finds calls of tools in the text; None without tools.
-        deltas: content and calls so far.
+        reasoning: finds the reasoning in the text; None where there is none.
+        parser: finds calls of tools in the rest; None without tools.
+        deltas: reasoning, content and calls so far.
         logprobs: log-probabilities of the tokens so far.
+        reasoning_tokens: tokens of the reasoning so far.
     """
 
+    reasoning: ReasoningParser | None
     parser: ToolParser | None
     deltas: list[Delta] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    reasoning_tokens: int = 0
 
     def take(self, text: str, *, last: bool = False) -> list[Delta]:
-        """Add text; return what is certain now."""
-        if self.parser is None:
-            found: list[Delta] = [ContentDelta(text)] if text else []
-        else:
-            found = self.parser.feed(text) + (self.parser.finish() if last else [])
+        """Add the text of a token, or end the answer; return what is certain now."""
+        found: list[Delta] = []
+        if self.reasoning is not None:
+            inside = self.reasoning.inside
+            thought, text = self.reasoning.feed(text)
+            if not last:
+                self.reasoning_tokens += inside or self.reasoning.inside
+            else:
+                rest = self.reasoning.finish()
+                thought, text = thought + rest[0], text + rest[1]
+            if thought:
+                found.append(ReasoningDelta(thought))
+        if self.parser is not None:
+            found += self.parser.feed(text) + (self.parser.finish() if last else [])
+        elif text:
+            found.append(ContentDelta(text))
         self.deltas += found
         return found
 
@@ -78,6 +94,7 @@ class Chat:
         self._tokenizer = model.running.model.tokenizer
         self._end_ids = model.running.model.end_ids
         self._tools: Tooling | None = None
+        self._reasoning: Reasoning | None = None
 
     def prepare(self) -> None:
         """Check the request and make its prompt; in a thread, since rendering and tokenizing take time.
@@ -98,12 +115,19 @@ class Chat:
         require_prompt(len(self._prompt), model, self._service, "messages")
         options = options_of(request, model, limit, stop=stop)
         grammar = grammar_of(request, model, self._tools)
-        self._orders = orders_of(request, self._prompt, options, model, request.n or 1, grammar)
+        template = model.running.model.chat_template.source
+        # Where it is not separated a grammar still has to hold for the answer alone.
+        self._reasoning = Reasoning.of(template, self._prompt, self._tokenizer)
+        self._orders = orders_of(
+            request, self._prompt, options, model, request.n or 1, grammar, reasoning=self._reasoning
+        )
 
     def start(self, deadline: float) -> Run:
         """Hand the sequences to the engine. Raises as `Run.start`."""
         logprobs = (self._request.top_logprobs or 0) if self._request.logprobs else None
         shown = frozenset[int]() if self._tools is None else self._tools.format.shown(self._tokenizer)
+        if self._reasoning is not None:
+            shown |= self._reasoning.shown(self._tokenizer)
         run = Run(
             self._service, self._model, self._orders, self._client, logprobs=logprobs, deadline=deadline, shown=shown
         )
@@ -114,8 +138,13 @@ class Chat:
         """Return the answers before they begin."""
         tools = self._tools
         calling = tools is not None and tools.options.choice != "none"
+        reasoning = None if self._request.reasoning_format == "none" else self._reasoning
         return [
-            Choice(tools.format.parser(tools.options) if tools is not None and calling else None) for _ in self._orders
+            Choice(
+                None if reasoning is None else reasoning.parser(),
+                tools.format.parser(tools.options) if tools is not None and calling else None,
+            )
+            for _ in self._orders
         ]
 
     async def whole(self, run: Run) -> ChatAnswer:
@@ -131,13 +160,13 @@ class Chat:
         answers = []
         for index, (choice, generation) in enumerate(zip(choices, run.generations, strict=True)):
             assert generation is not None
-            content, calls = collect(choice.deltas)
+            reasoning, content, calls = collect(choice.deltas)
             made = [ToolCall(call.id, FunctionCall(call.name, call.arguments)) for call in calls]
-            message = AnswerMessage("assistant", content or (None if made else ""), made or None)
+            message = AnswerMessage("assistant", content or (None if made else ""), reasoning or None, made or None)
             logprobs = ChatLogprobs(choice.logprobs) if self._request.logprobs else None
             answers.append(ChatChoice(index, message, self._reason(choice, generation), logprobs))
         return ChatAnswer(
-            self._id, "chat.completion", self._created, self._model.name, answers, self.usage(run),
+            self._id, "chat.completion", self._created, self._model.name, answers, self.usage(run, choices),
             self._model.fingerprint,
         )  # fmt: skip
 
@@ -154,9 +183,10 @@ class Chat:
         choice.logprobs.append(token_logprob(self._tokenizer, token))
         return choice.logprobs[-1:]
 
-    def usage(self, run: Run) -> Usage:
+    def usage(self, run: Run, choices: Sequence[Choice]) -> Usage:
         """Return the token counts."""
-        return run.usage(len(self._prompt))
+        reasoning = ReasoningTokens(sum(choice.reasoning_tokens for choice in choices))
+        return replace(run.usage(len(self._prompt)), completion_tokens_details=reasoning)
 
     async def stream(self, run: Run) -> AsyncGenerator[bytes, None]:
         """Yield the events of the answer."""
@@ -167,7 +197,7 @@ class Chat:
             async for found in run.events():
                 yield b"".join(self._chunks(choices, found)) if found else PING
             if self._with_usage:
-                yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self.usage(run)))})
+                yield event({**self._head(), "choices": [], "usage": json.loads(as_json(self.usage(run, choices)))})
         except ApiError as error:
             yield error_event(error)
         yield DONE
@@ -214,6 +244,8 @@ def delta_data(delta: Delta) -> dict[str, Any]:
     """Return a delta as it is in a chunk."""
     if isinstance(delta, ContentDelta):
         return {"content": delta.text}
+    if isinstance(delta, ReasoningDelta):
+        return {"reasoning_content": delta.text}
     function = (
         {"arguments": delta.arguments} if delta.name is None else {"name": delta.name, "arguments": delta.arguments}
     )

@@ -30,16 +30,16 @@ from edgelm.serving.api.responses import (
     InputCall,
     InputDetails,
     InputMessage,
+    InputReasoning,
     InputResult,
     InputText,
-    OutputDetails,
     ResponsesAnswer,
     ResponsesRequest,
     ResponsesUsage,
     ResponseToolChoice,
     TextFormat,
 )
-from edgelm.serving.constraints import ContentDelta
+from edgelm.serving.constraints import ContentDelta, ReasoningDelta
 from edgelm.serving.conversation import plain
 from edgelm.serving.endpoints.chat import Chat, prepared
 from edgelm.serving.engine import Finished, Token
@@ -108,10 +108,17 @@ def _format(given: TextFormat | None) -> ResponseFormat | None:
     return ResponseFormat(given.type, JsonSchema(given.name or "answer", given.schema))
 
 
-def _messages(items: list[InputMessage | InputCall | InputResult]) -> Iterator[Message]:
-    """Yield the messages of a conversation; calls that follow each other or a message belong to one message."""
+def _messages(items: list[InputMessage | InputCall | InputResult | InputReasoning]) -> Iterator[Message]:
+    """Yield the messages of a conversation; calls that follow each other or a message belong to one message, and so
+    does the reasoning before them."""
     before: Message | None = None
     for item in items:
+        if isinstance(item, InputReasoning):
+            if before is not None and not _is_reasoning(before):
+                yield before
+            text = "".join([part.text for part in item.content or []])
+            before = Message("assistant", reasoning_content=text or None)
+            continue
         if isinstance(item, InputCall):
             call = ToolCall(item.call_id, FunctionCall(item.name, item.arguments))
             earlier = before if before is not None and before.role == "assistant" else Message("assistant")
@@ -119,14 +126,23 @@ def _messages(items: list[InputMessage | InputCall | InputResult]) -> Iterator[M
                 yield before
             before = dataclasses.replace(earlier, tool_calls=[*(earlier.tool_calls or []), call])
             continue
-        if before is not None:
+        reasoned = before is not None and _is_reasoning(before)
+        if isinstance(item, InputMessage) and item.role == "assistant" and before is not None and reasoned:
+            before = dataclasses.replace(before, content=_content(item.content))
+            continue
+        if before is not None and not reasoned:
             yield before
         if isinstance(item, InputResult):
             before = Message("tool", _content(item.output), tool_call_id=item.call_id)
         else:
             before = Message(item.role, _content(item.content))
-    if before is not None:
+    if before is not None and not _is_reasoning(before):
         yield before
+
+
+def _is_reasoning(message: Message) -> bool:
+    """Whether a message has reasoning at most, as that of an answer which was cut off."""
+    return message.role == "assistant" and message.content is None and not message.tool_calls
 
 
 def _content(given: str | list[InputText]) -> str | list[TextPart]:
@@ -134,7 +150,7 @@ def _content(given: str | list[InputText]) -> str | list[TextPart]:
 
 
 class Output:
-    """The output as it grows: items, each a message or a call, and the events that tell of them."""
+    """The output as it grows: items, each reasoning, a message or a call, and the events that tell of them."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
@@ -142,6 +158,18 @@ class Output:
 
     def take(self, delta: Delta, logprobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Add a delta; yield its events."""
+        if isinstance(delta, ReasoningDelta):
+            if not self._open:
+                yield from self._begin(
+                    {"id": f"rs_{secrets.token_hex(12)}", "type": "reasoning", "summary": [], "content": []}
+                )
+                self.items[-1]["content"].append({"type": "reasoning_text", "text": ""})
+                yield self._event(
+                    "response.content_part.added", content_index=0, part=dict(self.items[-1]["content"][0])
+                )
+            self.items[-1]["content"][0]["text"] += delta.text
+            yield self._event("response.reasoning_text.delta", content_index=0, delta=delta.text)
+            return
         if isinstance(delta, ContentDelta):
             if not self._open or self.items[-1]["type"] != "message":
                 yield from self._begin(
@@ -175,6 +203,10 @@ class Output:
                 "response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]
             )
             yield self._event("response.content_part.done", content_index=0, part=part)
+        elif item["type"] == "reasoning":
+            part = item["content"][0]
+            yield self._event("response.reasoning_text.done", content_index=0, text=part["text"])
+            yield self._event("response.content_part.done", content_index=0, part=part)
         else:
             yield self._event("response.function_call_arguments.done", name=item["name"], arguments=item["arguments"])
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
@@ -183,7 +215,7 @@ class Output:
         yield from self.finish("completed")
         self._open = True
         self.items.append({**item, "status": "in_progress"})
-        shown = {**self.items[-1], **({"content": []} if item["type"] == "message" else {})}
+        shown = {**self.items[-1], **({"content": []} if "content" in item else {})}
         yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -258,10 +290,10 @@ class Answering:
     def _answer(self, status: str, run: Run | None = None, error: dict[str, Any] | None = None) -> ResponsesAnswer:
         request, usage = self._request, None
         if run is not None:
-            counted = self._chat.usage(run)
+            counted = self._chat.usage(run, [self._choice])
             usage = ResponsesUsage(
                 counted.prompt_tokens, InputDetails(counted.prompt_tokens_details.cached_tokens),
-                counted.completion_tokens, OutputDetails(), counted.total_tokens,
+                counted.completion_tokens, counted.completion_tokens_details, counted.total_tokens,
             )  # fmt: skip
         form = request.text.format if request.text is not None else None
         return ResponsesAnswer(
