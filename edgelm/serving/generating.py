@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from edgelm.errors import EdgeLMError, GenerationError, QueueFullError, TimeLimitError
 from edgelm.generation.options import Options
@@ -13,17 +15,20 @@ from edgelm.serving.api.answers import CachedTokens, Usage
 from edgelm.serving.api.errors import ApiError, invalid, is_of_request, of_request
 from edgelm.serving.api.requests import Completing, Generating
 from edgelm.serving.engine import Event, Failed, Finished, Job, Token
-from edgelm.serving.events import PING_SECONDS, Inbox
+from edgelm.serving.events import PING_SECONDS, EventStream, Inbox
 from edgelm.serving.logit_rules import Bias, NoEnd, Penalties
 from edgelm.serving.models import ServedModel
 
 if TYPE_CHECKING:
     from edgelm.generation.scheduler import LogitsRule
     from edgelm.generation.stream import Generation
+    from edgelm.serving.api.responses import ResponsesRequest
     from edgelm.serving.constraints import Grammar, Reasoning
     from edgelm.serving.conversation import Tooling
     from edgelm.serving.guard import Client
     from edgelm.serving.service import Service
+
+A = TypeVar("A", covariant=True)
 
 SMALLEST_TOP_P = 1e-6
 """In place of top_p = 0, which leaves the most likely token alone."""
@@ -333,3 +338,61 @@ class Run:
         if is_of_request(error):
             return of_request(error, self._model.hidden)
         return ApiError(500, f"{self._model.name} failed; the server's log has the reason")
+
+
+class Generated(Protocol[A]):
+    """A request that generates text, of which the answer is a dataclass `A` or a stream."""
+
+    def prepare(self) -> None:
+        """Check the request and make its prompts; called in a thread, since that takes time.
+
+        Raises:
+            ApiError, EdgeLMError: the request is wrong.
+        """
+
+    def start(self, deadline: float) -> Run:
+        """Hand the sequences to the engine. Raises as `Run.start`."""
+
+    async def whole(self, run: Run) -> A:
+        """Return the answer when it is complete. Raises as `Run.events`."""
+
+    def stream(self, run: Run) -> AsyncGenerator[bytes, None]:
+        """Yield the events of the answer."""
+
+
+async def answered(
+    service: Service,
+    request: Completing | ResponsesRequest,
+    client: Client,
+    make: Callable[[ServedModel], Generated[A]],
+) -> A | EventStream:
+    """Generate an answer, as a whole or as a stream, as the request says.
+
+    Args:
+        service: the server.
+        request: what is asked for.
+        client: who asks.
+        make: called with the model once it is loaded.
+
+    Raises:
+        ApiError: the request is wrong, too many run, or the generation fails.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options", "stream_options needs stream: true")
+    deadline = service.deadline()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(service.admitted(client))
+        model = await stack.enter_async_context(service.models.use(request.model, deadline - time.monotonic()))
+        generated = make(model)
+        try:
+            await asyncio.to_thread(generated.prepare)
+        except EdgeLMError as error:
+            if not is_of_request(error):
+                raise
+            raise of_request(error, model.hidden) from error
+        run = generated.start(deadline)
+        stack.callback(run.cancel)
+        if not request.stream:
+            return await generated.whole(run)
+        return EventStream(generated.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
+    raise AssertionError("an exit stack suppresses nothing")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from edgelm.errors import EdgeLMError
 from edgelm.serving.api.answers import (
     AnswerMessage,
     ChatAnswer,
@@ -22,13 +19,13 @@ from edgelm.serving.api.answers import (
     Usage,
     as_json,
 )
-from edgelm.serving.api.errors import ApiError, invalid, is_of_request, of_request
+from edgelm.serving.api.errors import ApiError, invalid
 from edgelm.serving.api.requests import ChatRequest, FunctionCall, ToolCall
 from edgelm.serving.constraints import ContentDelta, Reasoning, ReasoningDelta, collect
 from edgelm.serving.conversation import Tooling, conversation_tokens, tooling
 from edgelm.serving.engine import Finished, Token
 from edgelm.serving.events import DONE, PING, EventStream, error_event, event
-from edgelm.serving.generating import Run, allowed_tokens, grammar_of, options_of, orders_of, require_prompt
+from edgelm.serving.generating import Run, allowed_tokens, answered, grammar_of, options_of, orders_of, require_prompt
 from edgelm.serving.token_texts import token_logprob
 
 if TYPE_CHECKING:
@@ -260,31 +257,4 @@ def reason_of(generation: Generation) -> str:
 
 async def create(service: Service, request: ChatRequest, client: Client) -> ChatAnswer | EventStream:
     """Answer a conversation."""
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options", "stream_options needs stream: true")
-    deadline = service.deadline()
-    async with AsyncExitStack() as stack:
-        stack.enter_context(service.admitted(client))
-        model = await stack.enter_async_context(service.models.use(request.model, deadline - time.monotonic()))
-        chat = Chat(service, request, client, model)
-        await prepared(chat.prepare, model)
-        run = chat.start(deadline)
-        stack.callback(run.cancel)
-        if not request.stream:
-            return await chat.whole(run)
-        return EventStream(chat.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
-    raise AssertionError("an exit stack suppresses nothing")
-
-
-async def prepared(prepare: Any, model: ServedModel) -> None:
-    """Run `prepare` in a thread.
-
-    Raises:
-        ApiError: the request is wrong.
-    """
-    try:
-        await asyncio.to_thread(prepare)
-    except EdgeLMError as error:
-        if not is_of_request(error):
-            raise
-        raise of_request(error, model.hidden) from error
+    return await answered(service, request, client, lambda model: Chat(service, request, client, model))

@@ -6,16 +6,24 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from edgelm.serving.api.answers import CompletionAnswer, CompletionChoice, Usage, as_json
 from edgelm.serving.api.errors import ApiError, invalid
 from edgelm.serving.api.requests import CompletionRequest
-from edgelm.serving.endpoints.chat import prepared, reason_of
+from edgelm.serving.endpoints.chat import reason_of
 from edgelm.serving.engine import Finished, Token
 from edgelm.serving.events import DONE, PING, EventStream, error_event, event
-from edgelm.serving.generating import Order, Run, allowed_tokens, grammar_of, options_of, orders_of, require_prompt
+from edgelm.serving.generating import (
+    Order,
+    Run,
+    allowed_tokens,
+    answered,
+    grammar_of,
+    options_of,
+    orders_of,
+    require_prompt,
+)
 from edgelm.serving.token_texts import completion_logprobs
 
 if TYPE_CHECKING:
@@ -200,17 +208,4 @@ class Completion:
 
 async def create(service: Service, request: CompletionRequest, client: Client) -> CompletionAnswer | EventStream:
     """Continue prompts."""
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options", "stream_options needs stream: true")
-    deadline = service.deadline()
-    async with AsyncExitStack() as stack:
-        stack.enter_context(service.admitted(client))
-        model = await stack.enter_async_context(service.models.use(request.model, deadline - time.monotonic()))
-        completion = Completion(service, request, client, model)
-        await prepared(completion.prepare, model)
-        run = completion.start(deadline)
-        stack.callback(run.cancel)
-        if not request.stream:
-            return await completion.whole(run)
-        return EventStream(completion.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
-    raise AssertionError("an exit stack suppresses nothing")
+    return await answered(service, request, client, lambda model: Completion(service, request, client, model))

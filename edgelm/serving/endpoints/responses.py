@@ -7,7 +7,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from edgelm.serving.api.answers import TokenLogprob, as_json
@@ -41,14 +40,16 @@ from edgelm.serving.api.responses import (
 )
 from edgelm.serving.constraints import ContentDelta, ReasoningDelta
 from edgelm.serving.conversation import plain
-from edgelm.serving.endpoints.chat import Chat, prepared
+from edgelm.serving.endpoints.chat import Chat
 from edgelm.serving.engine import Finished, Token
 from edgelm.serving.events import PING, EventStream, error_event, event
+from edgelm.serving.generating import answered
 
 if TYPE_CHECKING:
     from edgelm.serving.constraints import Delta
     from edgelm.serving.generating import Run
     from edgelm.serving.guard import Client
+    from edgelm.serving.models import ServedModel
     from edgelm.serving.service import Service
 
 _PARAMS = {
@@ -235,8 +236,16 @@ class Answering:
         self._request, self._chat, self._name = request, chat, name
         self._id, self._created = f"resp_{secrets.token_hex(12)}", int(time.time())
         self._output = Output()
-        self._choice = chat.choices()[0]
         self._number = 0
+
+    def prepare(self) -> None:
+        """Check the request and make its prompt. Raises as `Chat.prepare`."""
+        self._chat.prepare()
+        self._choice = self._chat.choices()[0]
+
+    def start(self, deadline: float) -> Run:
+        """Hand the sequence to the engine. Raises as `Run.start`."""
+        return self._chat.start(deadline)
 
     async def whole(self, run: Run) -> ResponsesAnswer:
         """Return the answer when it is complete. Raises as `Run.events`."""
@@ -318,24 +327,14 @@ async def create(service: Service, request: ResponsesRequest, client: Client) ->
 
     Nothing is stored: send the whole conversation each time.
     """
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options", "stream_options needs stream: true")
-    deadline = service.deadline()
-    async with AsyncExitStack() as stack:
-        stack.enter_context(service.admitted(client))
-        model = await stack.enter_async_context(service.models.use(request.model, deadline - time.monotonic()))
-        try:
-            chat = Chat(service, as_chat(request), client, model)
-            await prepared(chat.prepare, model)
-        except ApiError as error:
-            raise _renamed(error) from error.__cause__
-        run = chat.start(deadline)
-        stack.callback(run.cancel)
-        answering = Answering(request, chat, model.name)
-        if not request.stream:
-            return await answering.whole(run)
-        return EventStream(answering.stream(run), stack.pop_all(), service.settings.limits.send_seconds)
-    raise AssertionError("an exit stack suppresses nothing")
+
+    def answering(model: ServedModel) -> Answering:
+        return Answering(request, Chat(service, as_chat(request), client, model), model.name)
+
+    try:
+        return await answered(service, request, client, answering)
+    except ApiError as error:
+        raise _renamed(error) from error.__cause__
 
 
 def _renamed(error: ApiError) -> ApiError:
