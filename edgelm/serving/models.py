@@ -159,7 +159,8 @@ class Models:
         self._tasks: set[asyncio.Task[None]] = set()
         self._store: CacheFolder | None = None
         if settings.cache_dir is not None:
-            self._store = CacheFolder(settings.cache_dir, settings.cache_dir_bytes)
+            make = CacheFolder.numbered if settings.cache_dir_shared else CacheFolder
+            self._store = make(settings.cache_dir, settings.cache_dir_bytes)
 
     def find(self, name: str | None) -> ServedModel:
         """Return a model; without a name the only one.

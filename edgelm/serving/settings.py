@@ -70,6 +70,7 @@ class Settings:
         prefix_bytes: bytes of computed prompts that each model keeps.
         cache_dir: folder in which computed prompts survive a restart; None: they do not.
         cache_dir_bytes: bytes of the files in it.
+        cache_dir_shared: whether several servers have it; each then keeps its files in a numbered folder inside.
         keys: keys of the clients; none: everybody may use the server.
         origins: web pages that may use the server, as "https://example.org".
         hosts: names that the header `Host` may have; None: any.
@@ -85,6 +86,7 @@ class Settings:
     prefix_bytes: int = DEFAULT_PREFIX_BYTES
     cache_dir: Path | None = None
     cache_dir_bytes: int = 8 << 30
+    cache_dir_shared: bool = False
     keys: tuple[Key, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None

@@ -104,9 +104,11 @@ def test_is_the_least_recently_used_block_deleted(tmp_path: Path) -> None:
 
 def test_is_a_folder_used_by_one_process_only(tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path / "cache", 1000)
+    (tmp_path / "cache" / "00.block.part").write_text("being written")
     code = f"from edgelm.serving.engine.cache_folder import *; CacheFolder(Path({str(tmp_path / 'cache')!r}), 1)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "is the --cache-dir of another process: choose another folder" in run.stderr
+    assert (tmp_path / "cache" / "00.block.part").exists()
     folder.close()
     CacheFolder(tmp_path / "cache", 1000).close()
     (tmp_path / "file").write_text("")
@@ -122,3 +124,18 @@ def test_is_a_full_disk_no_failure(engine_of: EngineOf, tmp_path: Path, monkeypa
     first = restarted(engine_of, tmp_path)
     assert len(first[1]) >= 1
     assert not list(tmp_path.glob("*.block*"))
+
+
+def test_servers_that_share_a_folder_have_numbered_ones_in_it(tmp_path: Path) -> None:
+    first, second = (CacheFolder.numbered(tmp_path, 5000) for _ in range(2))
+    first.save(b"1" * 32, np.ones(1000, np.uint8))
+    first.close()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["0", "1"]
+    again = CacheFolder.numbered(tmp_path, 5000)  # as a replica that was started anew
+    assert again.load(b"1" * 32, 1000) is not None
+    assert second.load(b"1" * 32, 1000) is None
+    for folder in (again, second):
+        folder.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgeLMError, match="0 cannot be used as --cache-dir: "):
+        CacheFolder.numbered(tmp_path / "file", 1000)

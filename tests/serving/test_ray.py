@@ -158,9 +158,10 @@ def test_two_replicas_serve_and_requests_go_on_when_one_is_killed(
     command = [
         *(sys.executable, "-P", "-m", "edgelm", "serve", f"tiny={settings.models['tiny']}", "--port", str(port)),
         *("--ray", ray.get_runtime_context().gcs_address, "--replicas", "2", "--threads", "1", "--slots", "2"),
+        *("--cache-dir", "cache"),
     ]
     errors = (tmp_path / "errors").open("w+b")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process, errors:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=tmp_path) as process, errors:
         assert process.stdout is not None
         line = process.stdout.readline().decode()
         assert line == f"http://127.0.0.1:{port}  (tiny; API at /v1)\n", (tmp_path / "errors").read_text()
@@ -169,6 +170,9 @@ def test_two_replicas_serve_and_requests_go_on_when_one_is_killed(
         assert process.wait() == 130, (tmp_path / "errors").read_text()
     assert "Traceback" not in (tmp_path / "errors").read_text()
     assert not _serving()
+    # Each replica has a folder, and the one that was started anew that of the killed one.
+    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == ["0", "1"]
+    assert all(list(folder.glob("*.block")) for folder in (tmp_path / "cache").iterdir())
 
 
 def _serving() -> list[psutil.Process]:

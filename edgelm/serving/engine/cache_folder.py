@@ -8,6 +8,7 @@ time are deleted if there are too many bytes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import struct
@@ -29,6 +30,10 @@ _LOCK = "edgelm-prompt-cache.lock"
 _MOST_QUEUED = 512 << 20
 
 
+class FolderInUseError(EdgeLMError):
+    """Another process uses the folder."""
+
+
 class CacheFolder:
     """Blocks of KV caches in the files of a folder: a `BlockStore` of `edgelm.generation.prefix_tree`.
 
@@ -39,7 +44,8 @@ class CacheFolder:
         most_bytes: bytes of all files.
 
     Raises:
-        EdgeLMError: the folder cannot be used, or another process uses it.
+        FolderInUseError: another process uses the folder.
+        EdgeLMError: the folder cannot be used.
     """
 
     def __init__(self, path: Path, most_bytes: int) -> None:
@@ -47,15 +53,15 @@ class CacheFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / _LOCK).open("ab")
+            if not _locked(self._lock.fileno()):
+                self._lock.close()
+                raise FolderInUseError(f"{path} is the --cache-dir of another process: choose another folder")
             files = [(entry.stat(), entry) for entry in os.scandir(path) if _is_block(entry.name)]
             for entry in os.scandir(path):
                 if entry.name.endswith(_SUFFIX + ".part"):
                     Path(entry.path).unlink()  # of a process that was killed
         except OSError as error:
             raise EdgeLMError(f"{path} cannot be used as --cache-dir: {error.strerror or error}") from error
-        if not _locked(self._lock.fileno()):
-            self._lock.close()
-            raise EdgeLMError(f"{path} is the --cache-dir of another process: choose another folder")
         files.sort(key=lambda one: one[0].st_mtime_ns)
         # Least recently used first.
         self._sizes = OrderedDict((entry.name, found.st_size) for found, entry in files)
@@ -65,6 +71,18 @@ class CacheFolder:
         self._waiting: queue.Queue[tuple[bytes, NDArray[np.uint8]] | None] = queue.Queue()
         self._writer = threading.Thread(target=self._write_all, name="edgelm-cache-folder", daemon=True)
         self._writer.start()
+
+    @classmethod
+    def numbered(cls, path: Path, most_bytes: int) -> CacheFolder:
+        """Return the first of the folders `path`/0, `path`/1, ... that no other process uses.
+
+        Raises:
+            EdgeLMError: it cannot be used.
+        """
+        for number in itertools.count():
+            with contextlib.suppress(FolderInUseError):
+                return cls(path / str(number), most_bytes)
+        raise AssertionError("there is always another number")
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import ArgumentValueError, EdgeLMError
@@ -45,7 +46,8 @@ def deployment(
     """Return the server as an application of Ray Serve, for `ray.serve.run`.
 
     Args:
-        settings: settings of each replica. The paths of the bundles have to be absolute, and the same everywhere.
+        settings: settings of each replica. The paths of the bundles have to be absolute, and the same everywhere. In
+            `cache_dir` each replica has a numbered folder, of `cache_dir_bytes`.
         replicas: how many there are; two numbers: at least and at most, by how many requests there are.
         share: what a replica takes of its machine.
         verbose: whether Ray logs each request.
@@ -55,7 +57,7 @@ def deployment(
     def build() -> ASGIApp:
         from edgelm.serving.app import create_app
 
-        return create_app(settings)
+        return create_app(replace(settings, cache_dir_shared=True))
 
     class Server:
         """The deployment: what Ray Serve calls beside the application."""

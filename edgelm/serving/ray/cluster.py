@@ -197,7 +197,8 @@ def cpus_here(settings: Settings, replicas: int | None) -> int:
 
 def on_every_machine(settings: Settings) -> Settings:
     """Return the settings with absolute paths."""
-    return replace(settings, models={name: path.resolve() for name, path in settings.models.items()})
+    models = {name: path.resolve() for name, path in settings.models.items()}
+    return replace(settings, models=models, cache_dir=settings.cache_dir and settings.cache_dir.resolve())
 
 
 def require_bundles(settings: Settings, digests: Mapping[str, str], found: list[Machine]) -> None:
