@@ -46,7 +46,7 @@ def parsed(pieces: Sequence[str], began: bool) -> tuple[str, str]:
         ("<think>\n\n</think>\n\nFour.", False, ("", "Four.")),
         ("so </th </think></think> four", True, ("so </th", "</think> four")),
         ("so\n</think>\n\nFour.\n", True, ("so", "Four.\n")),
-        ("so it is </thi", True, ("so it is </thi", "")),
+        ("so it is </th", True, ("so it is </th", "")),
         ("<think> so it is \n", False, ("so it is", "")),
         (" Four.", False, ("", " Four.")),
         ("<thin air", False, ("", "<thin air")),
