@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ def server(tiny_bundle: Bundles) -> Iterator[HttpServer]:
     models = {name: tiny_bundle(name, "int4", "native") for name in ("olmoe", "fox")}
     with HttpServer(Settings(models=models, loading={"threads": 2})) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def with_template(
+    tiny_bundle: Bundles, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], contextlib.AbstractContextManager[HttpServer]]:
+    """Function that starts a server for a block: its one model has the given name and chat template."""
+
+    @contextlib.contextmanager
+    def start(name: str, template: str) -> Iterator[HttpServer]:
+        copy = tmp_path_factory.mktemp("template") / name
+        shutil.copytree(tiny_bundle("olmoe", "int4", "native"), copy)
+        (copy / "chat_template.jinja").write_text(template)
+        with HttpServer(Settings(models={name: copy}, loading={"threads": 2})) as running:
+            yield running
+
+    return start
 
 
 @pytest.fixture

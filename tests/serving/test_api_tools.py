@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import HttpServer
-
-from edgelm.serving.settings import Settings
 
 CHAT = "/v1/chat/completions"
 TEMPLATE = """\
@@ -42,12 +38,9 @@ ASKED = {"messages": [{"role": "user", "content": "1 + 3?"}], "tools": TOOLS, "t
 
 
 @pytest.fixture(scope="module")
-def calling(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+def calling(with_template: Callable[..., Any]) -> Iterator[HttpServer]:
     """A server with a model whose template shows tools."""
-    copy = tmp_path_factory.mktemp("tools") / "caller"
-    shutil.copytree(tiny_bundle("olmoe", "int4", "native"), copy)
-    (copy / "chat_template.jinja").write_text(TEMPLATE)
-    with HttpServer(Settings(models={"caller": copy}, loading={"threads": 2})) as running:
+    with with_template("caller", TEMPLATE) as running:
         yield running
 
 

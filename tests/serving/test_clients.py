@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from http_server import HttpServer
 from pydantic import BaseModel
 from test_api_tools import TEMPLATE, TOOLS
 
-from edgelm.serving.settings import Settings
-
 TALK: Any = [{"role": "user", "content": "import os"}]
 DIGITS = {
     "type": "object",
@@ -28,12 +25,9 @@ DIGITS = {
 
 
 @pytest.fixture(scope="module")
-def calling(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+def calling(with_template: Callable[..., Any]) -> Iterator[HttpServer]:
     """A server with one model whose template shows tools, called `tiny`."""
-    copy = tmp_path_factory.mktemp("clients") / "tiny"
-    shutil.copytree(tiny_bundle("olmoe", "int4", "native"), copy)
-    (copy / "chat_template.jinja").write_text(TEMPLATE)
-    with HttpServer(Settings(models={"tiny": copy}, loading={"threads": 2})) as running:
+    with with_template("tiny", TEMPLATE) as running:
         yield running
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 from http_server import HttpServer
 
 from edgelm.serving.constraints import Reasoning, ReasoningParser
-from edgelm.serving.settings import Settings
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 TEMPLATE = """\
@@ -64,12 +61,9 @@ def test_is_the_reasoning_found_at_every_cut(text: str, began: bool, wanted: tup
 
 
 @pytest.fixture(scope="module")
-def reasoning(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+def reasoning(with_template: Callable[..., Any]) -> Iterator[HttpServer]:
     """A server with a model whose template knows reasoning."""
-    copy = tmp_path_factory.mktemp("reasoning") / "thinker"
-    shutil.copytree(tiny_bundle("olmoe", "int4", "native"), copy)
-    (copy / "chat_template.jinja").write_text(TEMPLATE)
-    with HttpServer(Settings(models={"thinker": copy}, loading={"threads": 2})) as running:
+    with with_template("thinker", TEMPLATE) as running:
         yield running
 
 
@@ -187,12 +181,9 @@ def test_responses_have_an_item_of_reasoning_that_can_be_sent_back(reasoning: Ht
 
 
 @pytest.fixture(scope="module")
-def always(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+def always(with_template: Callable[..., Any]) -> Iterator[HttpServer]:
     """A server with a model whose every prompt begins the reasoning, as those of DeepSeek-R1."""
-    copy = tmp_path_factory.mktemp("always") / "thinker"
-    shutil.copytree(tiny_bundle("olmoe", "int4", "native"), copy)
-    (copy / "chat_template.jinja").write_text(TEMPLATE.replace('start == "open"', "true"))
-    with HttpServer(Settings(models={"thinker": copy}, loading={"threads": 2})) as running:
+    with with_template("thinker", TEMPLATE.replace('start == "open"', "true")) as running:
         yield running
 
 

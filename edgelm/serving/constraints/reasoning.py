@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelm.serving.constraints.vocabulary import special_ids
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -56,8 +58,7 @@ class Reasoning:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the special tokens that the parser needs in the text, for `LanguageModel.continuation`."""
-        ids = {tokenizer.token_id(text) for text in (BEGIN, END)}
-        return frozenset(index for index in ids if index is not None and index in tokenizer.special)
+        return special_ids((BEGIN, END), tokenizer)
 
     def parser(self) -> ReasoningParser:
         """Return a parser for one answer."""

@@ -17,7 +17,7 @@ from edgelm.serving.constraints.history import History
 from edgelm.serving.constraints.response_format import grammar_for
 from edgelm.serving.constraints.tool_parser import ToolParser
 from edgelm.serving.constraints.tools import Function, ToolOptions
-from edgelm.serving.constraints.vocabulary import GrammarTokenizer
+from edgelm.serving.constraints.vocabulary import GrammarTokenizer, special_ids
 from edgelm.tokenization.tokenizer import Tokenizer
 
 
@@ -45,8 +45,7 @@ class ToolFormat:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the special tokens that the parser needs in the text, for `LanguageModel.continuation`."""
-        ids = {tokenizer.token_id(text) for text in (*self.syntax.markers, *self.syntax.ends)}
-        return frozenset(index for index in ids if index is not None and index in tokenizer.special)
+        return special_ids((*self.syntax.markers, *self.syntax.ends), tokenizer)
 
     def parser(self, options: ToolOptions) -> ToolParser:
         """Return a parser for one answer."""

@@ -24,6 +24,12 @@ _ENCODED = 512
 _SPECIAL_BYTE = b"\xff"
 
 
+def special_ids(texts: Iterable[str], tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of those texts that are special tokens; decoding leaves these out unless they are asked for."""
+    ids = {tokenizer.token_id(text) for text in texts}
+    return frozenset(index for index in ids if index is not None and index in tokenizer.special)
+
+
 class _Words:
     """The tokens as the constructor of `llguidance.LLTokenizer` reads them.
 
