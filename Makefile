@@ -45,7 +45,7 @@ demo: $(INSTALLED)
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-cuda test-export test-unit test-cpp test-serving test-engines test-arm docs types
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-cuda test-export test-unit test-arm test-cpp test-serving test-engines docs types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
