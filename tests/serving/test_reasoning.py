@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from http_server import HttpServer
 
+from edgelm.serving.api.responses import (
+    InputCall,
+    InputMessage,
+    InputReasoning,
+    InputResult,
+    ReasoningText,
+    ResponsesRequest,
+)
 from edgelm.serving.constraints import Reasoning, ReasoningParser
+from edgelm.serving.endpoints.responses import as_chat
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 TEMPLATE = """\
@@ -178,6 +187,23 @@ def test_responses_have_an_item_of_reasoning_that_can_be_sent_back(reasoning: Ht
     chat = [chat[0], chat[2]]
     counted = reasoning.answer("/tokenize", {"messages": chat})["count"]
     assert reasoning.answer(RESPONSES, {**asked, "input": cut_off})["usage"]["input_tokens"] == counted
+
+
+def test_reasoning_and_the_calls_after_it_are_one_message() -> None:
+    def thought(text: str) -> InputReasoning:
+        return InputReasoning("reasoning", [ReasoningText("reasoning_text", text)])
+
+    items = [
+        InputMessage("user", "a"), thought("first"), InputCall("function_call", "c1", "f", "{}"),
+        InputResult("function_call_output", "c1", "4"), thought("cut off"), thought("second"),
+        InputMessage("assistant", "b"), thought("third"), InputCall("function_call", "c2", "f", "{}"), thought("last"),
+    ]  # fmt: skip
+    found = as_chat(ResponsesRequest(input=items)).messages
+    shown = [(one.role, one.content, one.reasoning_content, len(one.tool_calls or [])) for one in found]
+    assert shown == [
+        ("user", "a", None, 0), ("assistant", None, "first", 1), ("tool", "4", None, 0),
+        ("assistant", "b", "second", 0), ("assistant", None, "third", 1),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -112,9 +112,9 @@ class Chat:
         require_prompt(len(self._prompt), model, self._service, "messages")
         options = options_of(request, model, limit, stop=stop)
         grammar = grammar_of(request, model, self._tools)
-        template = model.running.model.chat_template.source
-        # Where it is not separated a grammar still has to hold for the answer alone.
-        self._reasoning = Reasoning.of(template, self._prompt, self._tokenizer)
+        template = model.running.model.chat_template if self._tools is None else model.running.model.tool_template
+        # Also where the reasoning stays in the content: a grammar holds for what comes after it.
+        self._reasoning = Reasoning.of(template.source, self._prompt, self._tokenizer)
         self._orders = orders_of(
             request, self._prompt, options, model, request.n or 1, grammar, reasoning=self._reasoning
         )
